@@ -1,0 +1,42 @@
+# Every target sets itself up: `make demo` in a fresh clone is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+
+.PHONY: setup demo test check bench lock clean
+
+setup: $(STAMP)
+
+# The lock is complete, so nothing is resolved: --no-deps makes a forgotten pin fail here, not later.
+$(STAMP): requirements.lock pyproject.toml
+	@echo "setting up $(VENV) (about half a minute)"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "knode needs Python 3.11 to 3.13, this is %d.%d: make PYTHON=python3.13" % sys.version_info[:2])'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup
+	@$(BIN)/python -m knode.testnet.demo
+
+test: setup
+	@$(BIN)/python -m pytest
+
+check: setup
+	@$(BIN)/ruff format --check --quiet . || { echo "format: run 'ruff format .'"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-cache | tail -n 3
+
+bench: setup
+	@$(BIN)/python -m benchmarks
+
+# Pins every dependency with its hashes, for every supported Python.
+lock: setup
+	@$(BIN)/pip install --quiet pip-tools
+	@$(BIN)/pip-compile --quiet --extra dev --extra build --all-build-deps --allow-unsafe --generate-hashes --strip-extras \
+	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --output-file requirements.lock pyproject.toml
+
+clean:
+	@rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,74 @@
+"""The disk: whole small files, files written from start to end, and a name for SQLite's VFS.
+
+All calls block: small files at start-up are read in place, the rest goes through `World.blocking`.
+Errors are named: a full disk is DISK_FULL, one that cannot be written is DISK_READ_ONLY.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+
+class WritableFile(Protocol):
+    """A new file that grows at its end."""
+
+    def write(self, data: bytes) -> None:
+        """Append `data`."""
+        ...
+
+    def sync(self) -> None:
+        """Return once all that was written is durable."""
+        ...
+
+    def close(self) -> None:
+        """Close; what was not synced may be lost in a crash."""
+        ...
+
+    def __enter__(self) -> WritableFile: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Disk(Protocol):
+    """A node's files."""
+
+    @property
+    def sqlite_vfs(self) -> str | None:
+        """Name of the SQLite VFS over this disk; None for SQLite's own."""
+        ...
+
+    def exists(self, path: Path) -> bool:
+        """Tell whether a file or folder is there."""
+        ...
+
+    def size(self, path: Path) -> int:
+        """Return a file's size in bytes; NOT_FOUND when there is none."""
+        ...
+
+    def read(self, path: Path, *, limit_bytes: int) -> bytes:
+        """Return a whole file; NOT_FOUND when there is none, TOO_LARGE over the limit."""
+        ...
+
+    def write(self, path: Path, data: bytes, *, mode: int = 0o600) -> None:
+        """Replace a whole file, durably and atomically: after a crash it is the old or the new one."""
+        ...
+
+    def create(self, path: Path, *, mode: int = 0o600) -> WritableFile:
+        """Open a new empty file to write to, replacing one of that name."""
+        ...
+
+    def make_folder(self, path: Path, *, mode: int = 0o700) -> None:
+        """Make a folder and its parents; no error when it is there."""
+        ...
+
+    def list_folder(self, path: Path) -> list[str]:
+        """Return the names in a folder, sorted; empty when there is none."""
+        ...
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or a folder with all that is in it; no error when there is none."""
+        ...

@@ -1,0 +1,191 @@
+"""The real world: the operating system's clocks, randomness, disk and threads."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import trio
+
+from knode.errors import Code, KnodeError
+from knode.world.clock import Monotonic, WallTime
+from knode.world.world import World
+
+T = TypeVar("T")
+BLOCKING_AT_ONCE = 16
+
+
+class RealClock:
+    """trio's clock for durations, the system's for the time of day."""
+
+    def monotonic(self) -> Monotonic:
+        """Return trio's time, in seconds."""
+        return Monotonic(trio.current_time())
+
+    def wall(self) -> WallTime:
+        """Return the system's time of day, in milliseconds."""
+        return WallTime(time.time_ns() // 1_000_000)
+
+
+class RealRandomness:
+    """The operating system's randomness."""
+
+    def token(self, size: int) -> bytes:
+        """Return `size` bytes fit for keys."""
+        return secrets.token_bytes(size)
+
+    def uniform(self, low: float, high: float) -> float:
+        """Return a number in [low, high]."""
+        return random.uniform(low, high)
+
+
+class RealBlocking:
+    """A bounded set of threads."""
+
+    def __init__(self) -> None:
+        self._limiter = trio.CapacityLimiter(BLOCKING_AT_ONCE)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run `work` in a thread; cancelling waits for it to end."""
+        return await trio.to_thread.run_sync(work, limiter=self._limiter)
+
+
+@contextlib.contextmanager
+def named_disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's disk errors into those of the table."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise KnodeError(Code.NOT_FOUND, f"there is no {path}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise KnodeError(
+                Code.DISK_FULL, f"no space left for {path}", "free some space, then run the command again"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise KnodeError(
+                Code.DISK_READ_ONLY,
+                f"{path} cannot be read or written ({error.strerror})",
+                "check its owner and permissions, or choose another folder with --home",
+            ) from error
+        raise
+
+
+class RealWritableFile:
+    """A file of the operating system, opened for writing."""
+
+    def __init__(self, path: Path, mode: int) -> None:
+        self._path = path
+        with named_disk_errors(path):
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+
+    def write(self, data: bytes) -> None:
+        """Append `data`."""
+        view = memoryview(data)
+        with named_disk_errors(self._path):
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+
+    def sync(self) -> None:
+        """Return once all is on the disk."""
+        with named_disk_errors(self._path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; twice is no error."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> RealWritableFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RealDisk:
+    """The operating system's files."""
+
+    sqlite_vfs: str | None = None
+
+    def exists(self, path: Path) -> bool:
+        """Tell whether a file or folder is there."""
+        with named_disk_errors(path):
+            return path.exists()
+
+    def size(self, path: Path) -> int:
+        """Return a file's size in bytes."""
+        with named_disk_errors(path):
+            return path.stat().st_size
+
+    def read(self, path: Path, *, limit_bytes: int) -> bytes:
+        """Return a whole file."""
+        with named_disk_errors(path), path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
+        if len(data) > limit_bytes:
+            raise KnodeError(Code.TOO_LARGE, f"{path} is larger than {limit_bytes} bytes")
+        return data
+
+    def write(self, path: Path, data: bytes, *, mode: int = 0o600) -> None:
+        """Replace a whole file: temporary file, fsync, rename, fsync of the folder."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+        try:
+            with RealWritableFile(temporary, mode) as file:
+                file.write(data)
+                file.sync()
+            with named_disk_errors(path):
+                temporary.replace(path)
+                self._sync_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+    def create(self, path: Path, *, mode: int = 0o600) -> RealWritableFile:
+        """Open a new empty file."""
+        return RealWritableFile(path, mode)
+
+    def make_folder(self, path: Path, *, mode: int = 0o700) -> None:
+        """Make a folder and its parents, each with `mode`."""
+        with named_disk_errors(path):
+            for folder in (*reversed(path.parents), path):
+                if not folder.exists():
+                    folder.mkdir(mode=mode, exist_ok=True)
+
+    def list_folder(self, path: Path) -> list[str]:
+        """Return the names in a folder, sorted."""
+        with named_disk_errors(path):
+            return sorted(os.listdir(path)) if path.is_dir() else []
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or a whole folder."""
+        with named_disk_errors(path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _sync_folder(folder: Path) -> None:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def real_world() -> World:
+    """Return the world of a node in production."""
+    return World(clock=RealClock(), randomness=RealRandomness(), disk=RealDisk(), blocking=RealBlocking())
