@@ -1,0 +1,9 @@
+"""The daemon's socket: JSON-RPC 2.0 between one node and the programs of the same user.
+
+`protocol` says what a line is, `server` answers on the daemon's side, `client` asks on the command
+line's side, and `methods` is the table of what can be asked. The framing knows nothing of nodes.
+
+This room must never listen on a network, serve another user than the owner of the home (or root),
+show a fault's traceback to a client, or hold logic that is not the node's. Nothing is imported here:
+the client must not pay for the server's trio.
+"""
