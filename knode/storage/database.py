@@ -1,0 +1,202 @@
+"""A SQLite database file: how it is opened, migrated, written and read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import apsw
+import trio
+
+from knode.errors import Code, KnodeError
+from knode.world import World
+
+T = TypeVar("T")
+Synchronous = Literal["FULL", "NORMAL"]
+
+BUSY_TIMEOUT_MS = 1_000
+CACHE_KIB = 8 * 1024
+JOURNAL_LIMIT_BYTES = 16 * 1024 * 1024
+
+# Exclusive locking comes before the journal mode: SQLite then needs no shared memory beside the file.
+_SETUP = """
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = {synchronous};
+PRAGMA foreign_keys = ON;
+PRAGMA trusted_schema = OFF;
+PRAGMA temp_store = MEMORY;
+PRAGMA cache_size = -{cache_kib};
+PRAGMA journal_size_limit = {journal_limit};
+"""
+
+
+class Database:
+    """One SQLite file, held by this process alone.
+
+    Transactions run one at a time, each as a blocking function in `World.blocking`, so the loop
+    never waits for the disk. Make one with `open`.
+    """
+
+    def __init__(self, world: World, path: Path, connection: apsw.Connection) -> None:
+        self._world = world
+        self._path = path
+        self._connection: apsw.Connection | None = connection
+        self._turn = trio.Lock()
+
+    @classmethod
+    async def open(
+        cls, world: World, path: Path, migrations: Sequence[str], *, synchronous: Synchronous = "FULL"
+    ) -> Database:
+        """Open or make the database, and bring its schema up to date.
+
+        Args:
+            world: its disk and its threads are used.
+            path: the file; its folder is there already.
+            migrations: SQL scripts. Script number n leads from schema version n to n + 1; each runs in
+                a transaction of its own, and the version stands in `PRAGMA user_version`.
+            synchronous: FULL: what `write` returned survives a power cut. NORMAL: it survives the end
+                of the process, and a power cut takes whole transactions from the end.
+
+        Raises:
+            KnodeError: LOCKED when another process has it open, HOME_TOO_NEW when a newer knode wrote
+                it, HOME_DAMAGED, DISK_FULL, DISK_READ_ONLY.
+
+        Cancelling leaves the file closed or open in the returned database, each migration whole or
+        not begun.
+        """
+        connect = partial(_connect, path, world.disk.sqlite_vfs, tuple(migrations), synchronous)
+        return cls(world, path, await world.blocking.run(connect))
+
+    async def write(self, work: Callable[[apsw.Connection], T]) -> T:
+        """Run `work` in one transaction and return its result, once it is durable.
+
+        `work` runs outside the loop: it touches nothing but the connection and its own values. When it
+        raises, the transaction is rolled back and the error goes on to the caller.
+
+        Raises:
+            KnodeError: DISK_FULL, DISK_READ_ONLY, HOME_DAMAGED; nothing was written.
+            trio.ClosedResourceError: the database is closed.
+
+        Cancelling before the transaction begins leaves nothing; after that the call ends as if it were
+        not cancelled.
+        """
+        return await self._run(_transact, work)
+
+    async def read(self, work: Callable[[apsw.Connection], T]) -> T:
+        """Run `work`, which sees one state of the database and must not change it; return its result.
+
+        Raises:
+            KnodeError: HOME_DAMAGED; DISK_READ_ONLY when `work` tries to write.
+            trio.ClosedResourceError: the database is closed.
+        """
+        return await self._run(_look, work)
+
+    async def aclose(self) -> None:
+        """Wait for the transaction that runs, then close the file; twice is no error."""
+        with trio.CancelScope(shield=True):
+            async with self._turn:
+                connection, self._connection = self._connection, None
+                if connection is not None:
+                    with _named_errors(self._path):
+                        await self._world.blocking.run(connection.close)
+
+    async def _run(
+        self,
+        run: Callable[[apsw.Connection, Callable[[apsw.Connection], T]], T],
+        work: Callable[[apsw.Connection], T],
+    ) -> T:
+        async with self._turn:
+            if self._connection is None:
+                raise trio.ClosedResourceError(f"{self._path} is closed")
+            with _named_errors(self._path):
+                return await self._world.blocking.run(partial(run, self._connection, work))
+
+
+def _transact(connection: apsw.Connection, work: Callable[[apsw.Connection], T]) -> T:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        result = work(connection)
+        connection.execute("COMMIT")
+    except BaseException:
+        # Some errors make SQLite roll back by itself.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    return result
+
+
+def _look(connection: apsw.Connection, work: Callable[[apsw.Connection], T]) -> T:
+    connection.execute("PRAGMA query_only = ON")
+    try:
+        return work(connection)
+    finally:
+        connection.execute("PRAGMA query_only = OFF")
+
+
+def _connect(path: Path, vfs: str | None, migrations: tuple[str, ...], synchronous: str) -> apsw.Connection:
+    with _named_errors(path):
+        connection = apsw.Connection(str(path), vfs=vfs)
+        try:
+            connection.set_busy_timeout(BUSY_TIMEOUT_MS)
+            setup = _SETUP.format(
+                synchronous=synchronous, cache_kib=CACHE_KIB, journal_limit=JOURNAL_LIMIT_BYTES
+            )
+            _execute_all(connection, setup)
+            _migrate(connection, path, migrations)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _migrate(connection: apsw.Connection, path: Path, migrations: tuple[str, ...]) -> None:
+    version = connection.pragma("user_version")
+    if version > len(migrations):
+        raise KnodeError(
+            Code.HOME_TOO_NEW,
+            f"{path} has schema version {version}, and this knode knows versions up to {len(migrations)}",
+            "install the newer knode that wrote it, or choose another folder with --home",
+        )
+    for number in range(version, len(migrations)):
+        _transact(connection, partial(_migrate_once, script=migrations[number], version=number + 1))
+
+
+def _execute_all(connection: apsw.Connection, script: str) -> None:
+    # A cursor stops at the first row, and many a pragma gives one.
+    connection.execute(script).fetchall()
+
+
+def _migrate_once(connection: apsw.Connection, *, script: str, version: int) -> None:
+    _execute_all(connection, script)
+    connection.execute(f"PRAGMA user_version = {version}")
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors of disk and file into those of the table; others are faults and pass."""
+    try:
+        yield
+    except apsw.FullError as error:
+        raise KnodeError(
+            Code.DISK_FULL, f"no space left for {path}", "free some space, then run the command again"
+        ) from error
+    except (apsw.ReadOnlyError, apsw.PermissionsError, apsw.CantOpenError) as error:
+        raise KnodeError(
+            Code.DISK_READ_ONLY,
+            f"{path} cannot be opened or written ({error})",
+            "check its owner, its permissions and its folder",
+        ) from error
+    except (apsw.CorruptError, apsw.NotADBError, apsw.IOError) as error:
+        raise KnodeError(
+            Code.HOME_DAMAGED,
+            f"{path} is damaged or its disk fails ({error})",
+            "check the disk, move the file aside, then restore it from a backup",
+        ) from error
+    except (apsw.BusyError, apsw.LockedError) as error:
+        raise KnodeError(
+            Code.LOCKED, f"another process has {path} open", "stop it with 'knode down', then try again"
+        ) from error
