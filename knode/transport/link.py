@@ -86,7 +86,8 @@ class Link(Protocol):
 
 
 Accept = Callable[[Link], Awaitable[None]]
-"""What a listener calls with each new link, in a task of its own. The link is closed when it returns."""
+"""What a listener calls with each new link, in a task of its own. The link is closed when it returns or
+raises LinkClosed; any other error is the caller's and ends `serve`."""
 
 
 class Listener(Protocol):

@@ -1,0 +1,111 @@
+"""TLS 1.3 over a trio socket, such that cancelling tears nothing.
+
+`trio.SSLStream` breaks when a write is cancelled, also one that a read made (an answer to a ping, a key
+update), and yields to the loop for each record of 16 KiB. Here what is encrypted waits in a buffer until
+it is sent, whoever sends it, and a read takes all the records that have come.
+"""
+
+from __future__ import annotations
+
+import ssl
+
+import trio
+
+READ_BYTES = 256 * 1024
+"""How much ciphertext one read takes from the socket, at most."""
+
+_RECORD_BYTES = 16 * 1024
+_NOTHING = memoryview(b"")
+
+
+class TlsStream:
+    """One TLS connection. One task receives; several may flush.
+
+    Everything raises OSError when the connection or its TLS fails (`ssl.SSLError` is an OSError), and
+    `trio.ClosedResourceError` after `close`, also in tasks that wait.
+    """
+
+    def __init__(self, socket: trio.socket.SocketType, context: ssl.SSLContext, *, server_side: bool) -> None:
+        self._socket = socket
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        self._unsent = _NOTHING
+        self._sending = trio.Lock()
+        self._ended = False
+
+    async def handshake(self) -> None:
+        """Agree on keys. Cancelling leaves a connection that can only be closed."""
+        done = False
+        while not done:
+            try:
+                self._tls.do_handshake()
+                done = True
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError:
+                await self.flush()  # the alert that tells the other end why
+                raise
+            await self.flush()
+            if not done:
+                data = await self._socket.recv(READ_BYTES)
+                if not data:
+                    raise ConnectionResetError("closed while TLS was being set up")
+                self._incoming.write(data)
+
+    def peer_certificate(self) -> bytes | None:
+        """Return the certificate (DER) that the other end showed."""
+        return self._tls.getpeercert(binary_form=True)
+
+    def encrypt(self, data: bytes | bytearray | memoryview) -> None:
+        """Put `data` behind what waits to be sent; call `flush` before the next, to keep that bounded."""
+        self._tls.write(data)
+
+    async def flush(self) -> None:
+        """Return once everything encrypted so far is with the kernel.
+
+        Cancelling keeps what is unsent for the next flush, in order.
+        """
+        try:
+            self._sending.acquire_nowait()  # `acquire` would cost a turn of the loop for each frame
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
+            while self._unsent or self._outgoing.pending:
+                if not self._unsent:
+                    self._unsent = memoryview(self._outgoing.read())
+                sent = await self._socket.send(self._unsent)
+                self._unsent = self._unsent[sent:]
+        finally:
+            self._sending.release()
+
+    async def receive(self) -> list[bytes]:
+        """Wait for data and return all that one read brought, in pieces; an empty list is the end.
+
+        Cancelling loses nothing.
+        """
+        while True:
+            if self._incoming.pending:
+                pieces = self._decrypt()
+                if pieces or self._ended:
+                    return pieces
+            data = await self._socket.recv(READ_BYTES)
+            # no checkpoint from here to the return: what was read is handed over
+            if not data:
+                return []
+            self._incoming.write(data)
+
+    def _decrypt(self) -> list[bytes]:
+        """Return the content of all whole records that have come."""
+        pieces: list[bytes] = []
+        try:
+            while piece := self._tls.read(_RECORD_BYTES):
+                pieces.append(piece)
+            self._ended = True  # the other end's close_notify
+        except ssl.SSLWantReadError:
+            pass
+        return pieces
+
+    def close(self) -> None:
+        """Close the socket at once; twice is no error."""
+        self._socket.close()

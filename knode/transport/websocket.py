@@ -1,0 +1,471 @@
+"""Links over WebSocket (RFC 6455) over TLS 1.3 over TCP.
+
+The protocol is the sans-I/O core of `websockets`, driven here: subprotocol `klp.1`, path `/klp`, binary
+messages alone, no extensions, no compression. A message is a frame of the link. There is no task inside
+a link: the callers' tasks move the bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import ssl
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from http import HTTPStatus
+from pathlib import Path
+
+import structlog
+import trio
+from websockets.client import ClientProtocol
+from websockets.exceptions import InvalidState, WebSocketException
+from websockets.frames import DATA_OPCODES, CloseCode, Frame, Opcode
+from websockets.http11 import Request, Response
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+from websockets.typing import Subprotocol
+from websockets.uri import parse_uri
+
+from knode.errors import Code, KnodeError
+from knode.transport.address import join_address, split_address
+from knode.transport.certificate import certificate_of, channel_binding, client_context, server_context
+from knode.transport.interfaces import interface_addresses
+from knode.transport.link import MAX_FRAME_BYTES, Accept, LinkClosed, LinkStatistics
+from knode.transport.tls import TlsStream
+
+SUBPROTOCOL = Subprotocol("klp.1")
+PATH = "/klp"
+OPENING_SECONDS = 10
+OPENINGS_AT_ONCE = 64
+OPENING_BYTES = 16 * 1024
+"""How large the HTTP request or answer that opens a link may be."""
+CLOSE_SECONDS = 2
+
+_BACKLOG = 128
+# a silent peer is found by KLP's keepalive within seconds; these end links that nobody keeps alive
+_TCP_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+
+_log = structlog.get_logger(__name__)
+# the core describes each frame to a logger that listens at debug level
+_core_log = logging.getLogger("knode.websockets")
+_core_log.setLevel(logging.ERROR)
+
+
+class WebSocketLink:
+    """One end of an open connection. See `Link` for the contract."""
+
+    carrier = "websocket"
+
+    def __init__(
+        self,
+        stream: TlsStream,
+        protocol: ClientProtocol | ServerProtocol,
+        remote_address: str,
+        binding: bytes,
+        behind: Sequence[Frame | Request | Response],
+    ) -> None:
+        self.remote_address = remote_address
+        self.channel_binding = binding
+        self.statistics = LinkStatistics()
+        self._stream = stream
+        self._protocol = protocol
+        self._pumping = trio.Lock()
+        self._frames: deque[bytes] = deque()
+        self._fragments = bytearray()
+        self._fault: str | None = None
+        self._closed_why: str | None = None
+        self._take(behind)  # what came right behind the opening
+
+    async def send_frame(self, frame: bytes | bytearray | memoryview) -> None:
+        """Send one frame; see `Link.send_frame`."""
+        size = len(frame)
+        if not 0 < size <= MAX_FRAME_BYTES:
+            raise ValueError(f"a frame has 1 to {MAX_FRAME_BYTES} bytes, not {size}")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._check_open()
+        try:
+            self._protocol.send_binary(frame)
+        except InvalidState:
+            raise LinkClosed("it is being closed") from None
+        try:
+            await self._flush()
+        except BaseException:
+            # the other end has half a message, and nobody will send the rest
+            self._drop("a frame was cancelled while it was sent")
+            raise
+        self.statistics.frames_sent += 1
+        self.statistics.bytes_sent += size
+
+    async def receive_frame(self) -> bytes:
+        """Return the next frame; see `Link.receive_frame`."""
+        if self._frames:
+            await trio.lowlevel.checkpoint()
+        while not self._frames:
+            self._check_open()
+            await self._pump()
+        frame = self._frames.popleft()
+        self.statistics.frames_received += 1
+        self.statistics.bytes_received += len(frame)
+        return frame
+
+    async def aclose(self) -> None:
+        """Close; see `Link.aclose`."""
+        try:
+            with trio.move_on_after(CLOSE_SECONDS), suppress(LinkClosed):
+                await trio.lowlevel.checkpoint()
+                if self._protocol.state is State.OPEN:
+                    self._protocol.send_close(CloseCode.NORMAL_CLOSURE)
+                    await self._flush()
+                while self._closed_why is None:
+                    await self._pump()
+                    self._frames.clear()  # nobody wants them any more
+        finally:
+            self._frames.clear()
+            self._drop("it was closed here")
+
+    def _check_open(self) -> None:
+        if self._closed_why is not None:
+            raise LinkClosed(self._closed_why)
+
+    def _drop(self, why: str) -> None:
+        """Close the socket, without a good-bye. The first reason stays."""
+        if self._closed_why is None:
+            self._closed_why = why
+        self._stream.close()
+
+    async def _flush(self) -> None:
+        """Hand what the protocol has to say to the kernel. Raises LinkClosed."""
+        for data in self._protocol.data_to_send():
+            if data:  # an empty one asks to end the TCP connection: `_drop` does
+                self._stream.encrypt(data)
+        try:
+            await self._stream.flush()
+        except (OSError, trio.ClosedResourceError) as error:
+            self._drop(f"the connection broke ({error})")
+            raise LinkClosed(self._closed_why or "") from error
+
+    async def _pump(self) -> None:
+        """Read once, keep the frames that came, answer pings and a close.
+
+        When nothing more will come, `_closed_why` says why. Cancelling loses nothing: what was read is in
+        `_frames`, what is unsent stays queued.
+        """
+        try:
+            self._pumping.acquire_nowait()  # `acquire` would cost a turn of the loop
+        except trio.WouldBlock:  # `aclose` reads as well as the task that receives
+            await self._pumping.acquire()
+        try:
+            if self._closed_why is None:
+                await self._read_once()
+        finally:
+            self._pumping.release()
+
+    async def _read_once(self) -> None:
+        try:
+            pieces = await self._stream.receive()
+        except (OSError, trio.ClosedResourceError) as error:
+            self._drop(f"the connection broke ({error})")
+            return
+        for piece in pieces:
+            self._protocol.receive_data(piece)
+        if not pieces:
+            self._protocol.receive_eof()
+        self._take(self._protocol.events_received())
+        if (why := self._ending()) is not None:
+            try:
+                with trio.move_on_after(CLOSE_SECONDS), suppress(LinkClosed):
+                    await self._flush()  # our part of the good-bye
+            finally:
+                self._drop(why)
+        elif self._protocol.writes:
+            with suppress(LinkClosed):  # `_closed_why` says it, behind the frames that came
+                await self._flush()
+
+    def _ending(self) -> str | None:
+        """Tell why nothing more is read; None while the connection is good."""
+        if self._fault is not None:
+            return self._fault
+        match self._protocol.parser_exc:
+            case None:
+                if self._protocol.close_rcvd is None:
+                    return None
+                return (
+                    f"it was closed {'by the other end' if self._protocol.close_rcvd_then_sent else 'here'}"
+                )
+            case EOFError():
+                return "the connection ended without a good-bye"
+            case error:
+                return f"the other end sent what is no frame ({error})"
+
+    def _take(self, events: Sequence[Frame | Request | Response]) -> None:
+        """Put messages together from what the protocol gave."""
+        for event in events:
+            if self._fault is not None:
+                return
+            if not isinstance(event, Frame) or event.opcode not in DATA_OPCODES:
+                continue
+            if event.opcode is Opcode.TEXT:
+                self._refuse(CloseCode.UNSUPPORTED_DATA, "the other end sent text")
+            elif event.opcode is Opcode.BINARY and event.fin:
+                self._take_message(event.data)
+            else:
+                self._fragments += event.data
+                if event.fin:
+                    self._take_message(self._fragments)
+                    self._fragments = bytearray()
+
+    def _take_message(self, data: bytes | bytearray | memoryview) -> None:
+        if data:
+            self._frames.append(bytes(data))
+        else:
+            self._refuse(CloseCode.PROTOCOL_ERROR, "the other end sent an empty frame")
+
+    def _refuse(self, code: CloseCode, why: str) -> None:
+        self._fault = why
+        self._protocol.fail(code, why)
+
+
+class _NotOpened(Exception):
+    """The other end does not open a link as it should."""
+
+
+async def _first_event(
+    stream: TlsStream, protocol: ClientProtocol | ServerProtocol
+) -> tuple[Request | Response, list[Frame | Request | Response]]:
+    """Return the HTTP request or answer, and what came behind it."""
+    received_bytes = 0
+    while received_bytes <= OPENING_BYTES:
+        pieces = await stream.receive()
+        for piece in pieces:
+            received_bytes += len(piece)
+            protocol.receive_data(piece)
+        if not pieces:
+            protocol.receive_eof()
+        if protocol.handshake_exc is not None:
+            await _flush_opening(stream, protocol)  # the HTTP error that tells the other end why
+            raise _NotOpened(str(protocol.handshake_exc))
+        events = protocol.events_received()
+        if events and not isinstance(events[0], Frame):
+            return events[0], events[1:]
+        if not pieces:
+            raise _NotOpened("it closed the connection")
+    raise _NotOpened(f"its opening has more than {OPENING_BYTES} bytes")
+
+
+async def _flush_opening(stream: TlsStream, protocol: ClientProtocol | ServerProtocol) -> None:
+    for data in protocol.data_to_send():
+        if data:
+            stream.encrypt(data)
+    await stream.flush()
+
+
+async def _open_as_server(
+    raw: trio.socket.SocketType, context: ssl.SSLContext, binding: bytes
+) -> WebSocketLink:
+    remote = join_address(*raw.getpeername()[:2])
+    stream = TlsStream(raw, context, server_side=True)
+    await stream.handshake()
+    protocol = ServerProtocol(
+        # a browser names the page's origin; no page has business here
+        origins=[None],
+        subprotocols=[SUBPROTOCOL],
+        max_size=MAX_FRAME_BYTES,
+        logger=_core_log,
+    )
+    request, behind = await _first_event(stream, protocol)
+    assert isinstance(request, Request)
+    if behind:
+        raise _NotOpened("it spoke before the answer")
+    if request.path == PATH:
+        answer = protocol.accept(request)
+    else:
+        answer = protocol.reject(HTTPStatus.NOT_FOUND, f"Links are at {PATH}.\n")
+    protocol.send_response(answer)
+    await _flush_opening(stream, protocol)
+    if protocol.state is not State.OPEN:
+        raise _NotOpened(f"it asked for what is not here: HTTP {answer.status_code}")
+    return WebSocketLink(stream, protocol, remote, binding, ())
+
+
+async def _open_as_client(
+    raw: trio.socket.SocketType, context: ssl.SSLContext, address: str
+) -> WebSocketLink:
+    stream = TlsStream(raw, context, server_side=False)
+    await stream.handshake()
+    certificate = stream.peer_certificate()
+    assert certificate is not None, "a TLS 1.3 server shows a certificate"
+    protocol = ClientProtocol(
+        parse_uri(f"wss://{address}{PATH}"),
+        subprotocols=[SUBPROTOCOL],
+        max_size=MAX_FRAME_BYTES,
+        logger=_core_log,
+    )
+    protocol.send_request(protocol.connect())
+    await _flush_opening(stream, protocol)
+    _, behind = await _first_event(stream, protocol)
+    if protocol.subprotocol != SUBPROTOCOL:
+        raise _NotOpened(f"it does not speak {SUBPROTOCOL}")
+    return WebSocketLink(stream, protocol, address, channel_binding(certificate), behind)
+
+
+def _prepare(raw: trio.socket.SocketType) -> None:
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _TCP_KEEPALIVE.items():
+        if hasattr(socket, name):  # not every system has all three
+            raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class WebSocketListener:
+    """A bound TCP port. See `Listener` for the contract.
+
+    When all openings are taken, the oldest makes room: an honest one takes milliseconds, so who holds
+    connections open without a word shuts nobody out.
+    """
+
+    def __init__(self, bound: socket.socket, context: ssl.SSLContext, binding: bytes) -> None:
+        self.dropped = 0
+        """How many connections failed in their opening."""
+        self._listening = trio.SocketListener(trio.socket.from_stdlib_socket(bound))
+        self._context = context
+        self._binding = binding
+        self._accepting = trio.CancelScope()
+        self._openings: dict[trio.CancelScope, None] = {}
+        self.addresses = _dialable(bound)
+
+    async def serve(self, accept: Accept) -> None:
+        """Accept links; see `Listener.serve`. After `aclose`, returns when the last link is done."""
+
+        async def handle(stream: trio.SocketStream) -> None:
+            link = await self._open(stream.socket)
+            if link is None:
+                return
+            try:
+                with suppress(LinkClosed):  # how every link ends
+                    await accept(link)
+            finally:
+                await link.aclose()
+
+        async with trio.open_nursery() as links:
+            with self._accepting:
+                await trio.serve_listeners(handle, [self._listening], handler_nursery=links)
+
+    async def aclose(self) -> None:
+        """Stop listening; see `Listener.aclose`. Open links stay open."""
+        self._accepting.cancel()
+        await self._listening.aclose()
+
+    async def _open(self, raw: trio.socket.SocketType) -> WebSocketLink | None:
+        """Return the link that a connection becomes, or None when it is dropped."""
+        if len(self._openings) == OPENINGS_AT_ONCE:
+            oldest = next(iter(self._openings))
+            del self._openings[oldest]
+            oldest.cancel()
+        why = f"not open after {OPENING_SECONDS} seconds, or the oldest when others came"
+        link = None
+        try:
+            with trio.move_on_after(OPENING_SECONDS) as scope:
+                self._openings[scope] = None
+                _prepare(raw)
+                link = await _open_as_server(raw, self._context, self._binding)
+        except (OSError, _NotOpened) as error:
+            why = str(error)
+        finally:
+            self._openings.pop(scope, None)
+            if link is None:
+                raw.close()
+        if link is None:
+            self.dropped += 1
+            _log.info("link opening dropped", reason=why, dropped=self.dropped)
+        return link
+
+
+class WebSocketCarrier:
+    """Listens for WebSocket links and dials them.
+
+    Args:
+        certificate_path: the PEM file with the node's TLS key and certificate. Only `listen` reads it.
+    """
+
+    def __init__(self, certificate_path: Path) -> None:
+        self._certificate_path = certificate_path
+        self._client_context = client_context()
+
+    async def listen(self, host: str, port: int) -> WebSocketListener:
+        """Bind; see `Carrier.listen`.
+
+        Args:
+            host: an address or a name of this machine; "" and "::" take IPv6 and IPv4, "0.0.0.0" IPv4 alone.
+            port: 0 takes a free one.
+        """
+        context = server_context(self._certificate_path)
+        binding = channel_binding(certificate_of(self._certificate_path.read_text()))
+        try:
+            if host not in ("", "::"):
+                found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                host = str(found[0][4][0])
+            bound = _bind(host, port)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise KnodeError(
+                    Code.PORT_IN_USE,
+                    f"another program listens on port {port}",
+                    "stop it, or choose another port with 'knode config set node.port PORT'",
+                ) from error
+            raise KnodeError(
+                Code.INVALID_ARGUMENT,
+                f"cannot listen on {host!r}, port {port} ({error.strerror or error})",
+                "choose an address of this machine, and a port from 1024 on",
+            ) from error
+        return WebSocketListener(bound, context, binding)
+
+    async def dial(self, address: str) -> WebSocketLink:
+        """Open a link; see `Carrier.dial`."""
+        try:
+            host, port = split_address(address)
+            with trio.fail_after(OPENING_SECONDS):
+                raw = (await trio.open_tcp_stream(host, port)).socket
+                try:
+                    _prepare(raw)
+                    return await _open_as_client(raw, self._client_context, join_address(host, port))
+                except BaseException:
+                    raw.close()
+                    raise
+        except (OSError, ValueError, trio.TooSlowError, WebSocketException, _NotOpened) as error:
+            raise KnodeError(Code.UNAVAILABLE, f"no link to {address}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong, without the layers around it."""
+    if isinstance(error, trio.TooSlowError):
+        return f"no answer within {OPENING_SECONDS} seconds"
+    if isinstance(error.__cause__, BaseExceptionGroup):  # one error for each address that was tried
+        return "; ".join(dict.fromkeys(str(tried) for tried in error.__cause__.exceptions))
+    return str(error)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    if host in ("", "::") and socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(
+                ("::", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
+            )
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:  # IPv6 is there, but switched off
+                raise
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host or "0.0.0.0", port), family=family, backlog=_BACKLOG)
+
+
+def _dialable(bound: socket.socket) -> list[str]:
+    host, port = bound.getsockname()[:2]
+    match host:
+        case "0.0.0.0":
+            hosts = interface_addresses(versions=frozenset({4}))
+        case "::":
+            hosts = interface_addresses(versions=frozenset({4, 6}))
+        case _:
+            hosts = [host]
+    return [join_address(each, port) for each in hosts]
