@@ -345,7 +345,7 @@ async def test_progress_that_a_slow_reader_cannot_take_is_left_out_and_counted(p
 async def test_only_the_owner_can_reach_the_socket(path: Path) -> None:
     async with running(path):
         assert [permissions(path), permissions(path.parent)] == [0o600, 0o700]
-    assert not os.path.lexists(path)
+    assert not await trio.Path(path).exists()
 
 
 async def test_a_folder_that_others_may_enter_is_refused(path: Path) -> None:

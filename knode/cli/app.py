@@ -1,0 +1,48 @@
+"""The tree of commands, in the order in which the help shows them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from knode.cli.commands import agents, config, logs, mesh, node, simulate, tasks, testnet
+
+app = typer.Typer(
+    help="The machines that you own, as one private mesh of AI agents.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def everywhere(
+    home: Annotated[
+        str | None, typer.Option("--home", metavar="PATH", help="The node's home folder.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output.")] = False,
+    no_input: Annotated[
+        bool, typer.Option("--no-input", help="Never ask and never wait for a person.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
+) -> None:
+    """Declare, for the help, the options that `hoist` took out of the line before typer saw it."""
+
+
+app.command()(node.init)
+app.command()(node.up)
+app.command()(node.down)
+app.command()(node.status)
+app.command()(mesh.invite)
+app.command()(mesh.join)
+app.add_typer(mesh.peer, name="peer")
+app.add_typer(mesh.member, name="member")
+app.add_typer(agents.agent, name="agent")
+app.add_typer(tasks.task, name="task")
+app.add_typer(config.config, name="config")
+app.add_typer(logs.logs, name="logs")
+app.add_typer(testnet.testnet, name="testnet")
+app.command()(simulate.simulate)

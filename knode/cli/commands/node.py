@@ -1,0 +1,75 @@
+"""init, up, down, status: this machine's node."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from knode.cli import render
+from knode.cli.session import Session, session_of
+
+Port = Annotated[int | None, typer.Option(min=0, max=65535, help="Listen on this port; 0 takes a free one.")]
+Host = Annotated[str | None, typer.Option(help="Listen on this address.")]
+
+
+def init(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Option(help="The node's name; the machine's unless given.")] = None,
+) -> None:
+    """Make this machine's node, and a new cell with it."""
+    from knode.node import initialise
+
+    session = session_of(context)
+    session.show(initialise(session.home, name=name, flags={}), render.initialised)
+
+
+def up(
+    context: typer.Context,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once it answers.")] = False,
+    port: Port = None,
+    host: Host = None,
+) -> None:
+    """Start the node's daemon; nothing happens when it runs already."""
+    from knode.cli.daemon import answering, start_detached
+
+    session = session_of(context)
+    flags = network_flags(port, host)
+    client = answering(session.home)
+    if client is not None:
+        with client:
+            _show_running(session, client.daemon_pid, started=False)
+    elif detach:
+        _show_running(session, start_detached(session.home, flags), started=True)
+    else:
+        from knode.node import run_daemon
+
+        raise typer.Exit(run_daemon(session.home, flags=flags, foreground=True))
+
+
+def down(context: typer.Context) -> None:
+    """Stop the node's daemon and wait until it is gone."""
+    from knode.cli.daemon import stop
+
+    session = session_of(context)
+    session.show(
+        {"pid": stop(session.home), "running": False}, lambda ended: f"stopped (process {ended['pid']})"
+    )
+
+
+def status(context: typer.Context) -> None:
+    """Show this node, the members of its cell, and what needs care."""
+    session = session_of(context)
+    session.show(session.call("status"), render.status)
+
+
+def network_flags(port: int | None, host: str | None) -> dict[str, str]:
+    """Return the configuration values of --port and --host, by their keys."""
+    given = {"node.port": port, "node.host": host}
+    return {key: str(value) for key, value in given.items() if value is not None}
+
+
+def _show_running(session: Session, pid: int, *, started: bool) -> None:
+    document = {"pid": pid, "running": True, "started": started, "home": str(session.home.path)}
+    text = f"started (process {pid})" if started else f"already running (process {pid})"
+    session.show(document, lambda _: text)

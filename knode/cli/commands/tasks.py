@@ -1,0 +1,175 @@
+"""task: ask an agent for something, and follow it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from knode.cli import render
+from knode.cli.session import Session, session_of
+from knode.errors import EXIT_FAILED, EXIT_OK, TABLE, Code, KnodeError
+
+INPUT_LIMIT_BYTES = 192 * 1024
+"""The largest input of a task; it travels in one message, and what is larger is an artifact."""
+
+DEADLINE_S = 60.0
+
+Task = Annotated[str, typer.Argument(help="A task's id, or the beginning of it.")]
+
+task = typer.Typer(help="Ask an agent of the mesh to do something.", no_args_is_help=True)
+
+
+@task.command("submit")
+def submit_task(
+    context: typer.Context,
+    agent: Annotated[str, typer.Argument(help="An agent, as in kExecutor:text.")],
+    text: Annotated[
+        str, typer.Option("--input", metavar="TEXT|@FILE|-", help="What it works on; - is standard input.")
+    ] = "",
+    artifact: Annotated[
+        list[Path] | None,
+        typer.Option("--artifact", metavar="PATH", help="A file it works on; may be repeated."),
+    ] = None,
+    on: Annotated[str | None, typer.Option("--on", metavar="NODE", help="The node that runs it.")] = None,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Ask a node directly: quick, at most once, never retried.")
+    ] = False,
+    deadline: Annotated[
+        float, typer.Option("--deadline", metavar="S", min=0.1, help="Give up after this many seconds.")
+    ] = DEADLINE_S,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow it and print its result; exit 1 unless it succeeded.")
+    ] = False,
+) -> None:
+    """Submit a task."""
+    session = session_of(context)
+    params: dict[str, Any] = {
+        "agent": agent,
+        "input": _input(text, agent),
+        "artifacts": [_artifact(path) for path in artifact or []],
+        "direct": direct,
+        "deadline_s": deadline,
+        "wait": wait,
+    }
+    if on is not None:
+        params["on"] = on
+    submitted = session.call("task.submit", params, lambda step: session.note(render.progress(step)))
+    if not wait:
+        session.show(submitted, lambda new: render.printable(new["id"]))
+        return
+    session.show(submitted, _result)
+    raise typer.Exit(_settled(session, submitted))
+
+
+@task.command("list")
+def list_tasks(context: typer.Context) -> None:
+    """Show the tasks, in all states."""
+    session = session_of(context)
+    session.show(session.call("task.list"), render.tasks)
+
+
+@task.command("show")
+def show_task(context: typer.Context, task: Task) -> None:
+    """Show one task."""
+    session = session_of(context)
+    session.show(session.call("task.show", {"task": task}), render.details)
+
+
+@task.command("watch")
+def watch_task(context: typer.Context, task: Task) -> None:
+    """Follow a task until it is settled; with --json each step is a line, the task the last."""
+    session = session_of(context)
+
+    def step(progress: dict[str, Any]) -> None:
+        session.show_line(progress, render.progress)
+
+    settled = session.call("task.watch", {"task": task}, step)
+    session.show_line(settled, render.details)
+    raise typer.Exit(_settled(session, settled))
+
+
+@task.command("cancel")
+def cancel_task(context: typer.Context, task: Task) -> None:
+    """Stop a task."""
+    session = session_of(context)
+    session.show(session.call("task.cancel", {"task": task}), render.details)
+
+
+def _input(text: str, agent: str) -> str:
+    """Return the input itself: the text, the content of a file, or standard input."""
+    if text == "-":
+        data, source = sys.stdin.buffer.read(INPUT_LIMIT_BYTES + 1), "standard input"
+    elif text.startswith("@"):
+        data, source = _read(Path(text[1:])), text[1:]
+    else:
+        data, source = os.fsencode(text), "--input"
+    if len(data) > INPUT_LIMIT_BYTES:
+        raise KnodeError(
+            Code.TOO_LARGE,
+            f"the input from {source} is over {INPUT_LIMIT_BYTES // 1024} KiB",
+            f"give it as a file: knode task submit {agent} --artifact PATH",
+        )
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise KnodeError(
+            Code.INVALID_ARGUMENT,
+            f"the input from {source} is not UTF-8 text ({error.reason} at byte {error.start})",
+            f"give it as a file: knode task submit {agent} --artifact PATH",
+        ) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(INPUT_LIMIT_BYTES + 1)
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from error
+
+
+def _artifact(path: Path) -> str:
+    try:
+        kind = path.stat().st_mode
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from error
+    if not stat.S_ISREG(kind):
+        raise _unreadable(path, "it is not a file")
+    if not os.access(path, os.R_OK):
+        raise _unreadable(path, "it may not be read")
+    return str(path.resolve())
+
+
+def _unreadable(path: Path, reason: str | None) -> KnodeError:
+    return KnodeError(Code.NOT_FOUND, f"{path} cannot be read: {reason}", "check the path")
+
+
+def _result(document: dict[str, Any]) -> str:
+    """Return the result as the agent gave it; a terminal is spared its control characters."""
+    result = document["result"]
+    if result is None:
+        return ""
+    text = render.value(result)
+    return render.printable(text) if sys.stdout.isatty() else text
+
+
+def _settled(session: Session, document: dict[str, Any]) -> int:
+    """Say on standard error why a task has not succeeded, and return the exit code."""
+    state = document["state"]
+    if state == "succeeded":
+        return EXIT_OK
+    error = document["error"] or {}
+    session.warn(
+        f"task {document['id']} {state}: {error.get('code', '')} {error.get('message', '')}".rstrip(" :")
+    )
+    if state == "unknown":
+        session.warn(
+            "Nobody can say whether it ran: the answer of its node was lost, or the node started anew.\n"
+            "next: submit it again only if running it twice does no harm"
+        )
+    code = error.get("code", "")
+    return TABLE[Code(code)].exit_code if code in Code.__members__ else EXIT_FAILED

@@ -1,0 +1,148 @@
+"""The daemon's process, as the command line starts and stops it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from knode.control.client import Client, command_for
+from knode.errors import Code, KnodeError
+from knode.home.layout import Home
+
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 30.0
+
+_POLL_S = 0.05
+_SHOWN_LINES = 12
+
+
+def answering(home: Home) -> Client | None:
+    """Return a connection to the home's daemon, or None when none runs."""
+    try:
+        return Client.connect(home)
+    except KnodeError as error:
+        if error.code is Code.NOT_RUNNING:
+            return None
+        raise
+
+
+def start_detached(home: Home, flags: Mapping[str, str]) -> int:
+    """Start the home's daemon in a session of its own and return its process id once it answers.
+
+    What it says while it starts is kept in `log/start-up.txt` of the home.
+
+    Args:
+        home: a whole home.
+        flags: configuration values as text by their full key.
+
+    Raises:
+        KnodeError: the daemon's own error when it ends instead; INTERNAL with its last lines when it
+            gave none; TIMEOUT when it does not answer within 30 seconds (it is stopped then).
+
+    An interruption stops what was started.
+    """
+    home.log.mkdir(mode=0o700, parents=True, exist_ok=True)
+    said = home.log / "start-up.txt"
+    options = [word for key, text in flags.items() for word in (f"--{key.removeprefix('node.')}", text)]
+    with said.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "knode", "--json", "up", *options, "--home", str(home.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd="/",
+            start_new_session=True,
+        )
+    try:
+        _await_answer(home, process, said)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        _reap(process)
+        raise
+    # It outlives this program on purpose.
+    process.returncode = 0
+    return process.pid
+
+
+def stop(home: Home) -> int:
+    """Ask the home's daemon to stop, wait until its process is gone, and return its process id.
+
+    Raises:
+        KnodeError: NOT_RUNNING when there is none, TIMEOUT when it still runs after 30 seconds.
+    """
+    with Client.connect(home) as client:
+        pid = client.daemon_pid
+        process = _handle_of(pid)
+        try:
+            client.call("stop")
+        except KnodeError as error:
+            if error.code is not Code.UNAVAILABLE:  # it may end before its answer is out
+                raise
+    if process is not None and not _ended(process, STOP_TIMEOUT_S):
+        raise KnodeError(
+            Code.TIMEOUT,
+            f"the daemon (process {pid}) still runs after {STOP_TIMEOUT_S:.0f} s",
+            f"kill -9 {pid}",
+        )
+    return pid
+
+
+def _await_answer(home: Home, process: subprocess.Popen[bytes], said: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise _why_it_ended(process.returncode, said)
+        client = answering(home)
+        if client is not None:
+            with client:
+                client.call("status")
+            return
+        time.sleep(_POLL_S)
+    raise KnodeError(
+        Code.TIMEOUT,
+        f"the daemon did not answer within {START_TIMEOUT_S:.0f} s of its start",
+        f"look at {home.log_file}, or run it in the foreground: {command_for(home, 'up')}",
+    )
+
+
+def _why_it_ended(returncode: int, said: Path) -> KnodeError:
+    lines = [line for line in said.read_text(errors="replace").splitlines() if line.strip()]
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            error = json.loads(line)["error"]
+            return KnodeError(Code(error["code"]), error["message"], error["next"])
+    last = "\n".join(lines[-_SHOWN_LINES:]) or "it said nothing"
+    return KnodeError(
+        Code.INTERNAL, f"the daemon ended as it started (exit code {returncode}):\n{last}", f"look at {said}"
+    )
+
+
+def _reap(process: subprocess.Popen[Any]) -> None:
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _handle_of(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _ended(process: int, timeout_s: float) -> bool:
+    try:
+        return bool(select.select([process], [], [], timeout_s)[0])
+    finally:
+        os.close(process)

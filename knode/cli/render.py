@@ -1,0 +1,216 @@
+"""How documents read for people: plain columns that survive a pipe, no frames, no colour.
+
+Every function takes the document that --json would print and returns text. Names, messages and results
+come from other machines: what goes to a terminal has passed `printable`.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Document = Mapping[str, Any]
+
+ID_CHARACTERS = 16
+"""How much of an id tables show: a prefix that names a node in any cell, and can be given back."""
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters, but for newline and tab, shown as escapes.
+
+    Another machine's text must not move the cursor, retitle the window or write its own line of output.
+    """
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf")
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return columns two spaces apart, each as wide as its widest cell; None is shown as a hyphen."""
+    lines = [[heading.upper() for heading in headings], *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def fields(pairs: Mapping[str, object]) -> str:
+    """Return one `name  value` a line, the values aligned."""
+    width = max(map(len, pairs))
+    return "\n".join(f"{name:<{width}}  {_cell(value)}".rstrip() for name, value in pairs.items())
+
+
+def initialised(document: Document) -> str:
+    """Show a new node, and its recovery key this once."""
+    shown = {key: document[key] for key in ("name", "node_id", "did", "cell_id", "home")}
+    return (
+        f"{fields(shown)}\n\n"
+        f"recovery key   {printable(document['recovery_key'])}\n\n"
+        "Write the recovery key down on paper. It is shown this once and stored nowhere; it is what\n"
+        "takes the cell back when the owner's machine is lost or stolen.\n\n"
+        "next: knode up --detach"
+    )
+
+
+def status(document: Document) -> str:
+    """Show the node, its cell's members, and what needs care."""
+    tasks = ", ".join(f"{count} {state}" for state, count in document["tasks"].items() if count) or "none"
+    agents = document["agents"]
+    head = {
+        "name": document["name"],
+        "node": document["node_id"],
+        "cell": document["cell_id"],
+        "role": document["role"],
+        "leader": document["leader"],
+        "agents": len(agents) if isinstance(agents, list) else agents,
+        "tasks": tasks,
+    }
+    members = table(
+        ("member", "id", "role", "state", "link", "rtt"),
+        (
+            (m["name"], _short(m["node_id"]), m["role"], m["state"], m["link"], _ms(m["rtt_ms"]))
+            for m in document["members"]
+        ),
+    )
+    warnings = "".join(f"\nwarning: {printable(str(warning))}" for warning in document["warnings"])
+    return f"{fields(head)}\n\n{members}{warnings}"
+
+
+def joined(document: Document) -> str:
+    """Show what a join gave: the words to compare, and who is there."""
+    return (
+        f"{words(document['words'])}\n\n{fields({'name': document['name'], 'node': document['node_id']})}\n"
+        f"{fields({'cell': document['cell_id']})}\n\n{_members(document['members'])}"
+    )
+
+
+def words(four: Sequence[str]) -> str:
+    """Show the four words that both machines compare."""
+    return f"words   {printable(' '.join(four))}   (the other machine must show the same)"
+
+
+def peers(document: Sequence[Document]) -> str:
+    """Show one peer a line."""
+    return table(
+        ("peer", "id", "role", "state", "link", "address", "rtt"),
+        (
+            (p["name"], _short(p["id"]), p["role"], p["state"], p["link"], p["address"], _ms(p["rtt_ms"]))
+            for p in document
+        ),
+    )
+
+
+def ping(document: Document) -> str:
+    """Show each round trip of a ping, and a summary."""
+    times = document["rtt_ms"]
+    via = f"{document['link']} {document['address']}"
+    lines = [f"{_cell(document['name'])} over {_cell(via)}: {_ms(time)}" for time in times]
+    total = len(times) + document["lost"]
+    middle = f", median {_ms(sorted(times)[len(times) // 2])}" if times else ""
+    return "\n".join([*lines, f"{len(times)} of {total} answered{middle}"])
+
+
+def members(document: Sequence[Document]) -> str:
+    """Show one member a line."""
+    return _members(document)
+
+
+def agents(document: Sequence[Document]) -> str:
+    """Show one agent a line."""
+    return table(
+        ("agent", "version", "runtime", "state", "nodes", "description"),
+        (
+            (
+                a["id"],
+                a["version"],
+                a["runtime"],
+                a["state"],
+                ", ".join(map(_name, a["nodes"])),
+                a["description"],
+            )
+            for a in document
+        ),
+    )
+
+
+def tasks(document: Sequence[Document]) -> str:
+    """Show one task a line."""
+    return table(
+        ("task", "agent", "state", "node", "error"),
+        (
+            (t["id"], t["agent"], t["state"], _short(t["node"]), (t["error"] or {}).get("code"))
+            for t in document
+        ),
+    )
+
+
+def settings(document: Sequence[Document]) -> str:
+    """Show one configuration value a line, with where it came from."""
+    return table(("key", "value", "source"), ((r["key"], value(r["value"]), r["source"]) for r in document))
+
+
+def testnet(document: Document) -> str:
+    """Show one node of a testnet a line."""
+    return table(
+        ("node", "state", "pid", "id", "home"),
+        ((n["name"], n["state"], n["pid"], _short(n["node_id"]), n["home"]) for n in document["nodes"]),
+    )
+
+
+def details(document: Document) -> str:
+    """Show every field of one thing."""
+    return fields({key: value(content) for key, content in document.items()})
+
+
+def value(content: object) -> str:
+    """Show a value: text as it is, everything else as JSON."""
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+
+
+def progress(document: Document) -> str:
+    """Show one step of a running task."""
+    fraction = document.get("fraction")
+    percent = f"{fraction * 100:3.0f} % " if isinstance(fraction, int | float) else ""
+    dropped = f" ({document['dropped']} steps left out)" if document.get("dropped") else ""
+    return f"{_name(document.get('node'))}: {percent}{_cell(document.get('text') or '')}{dropped}"
+
+
+def _members(document: Sequence[Document]) -> str:
+    return table(
+        ("member", "id", "role", "state", "joined"),
+        ((m["name"], _short(m["id"]), m["role"], m["state"], m.get("joined_at")) for m in document),
+    )
+
+
+def _name(node: object) -> str:
+    if isinstance(node, Mapping):
+        return _cell(node.get("name") or node.get("id"))
+    return _short(node)
+
+
+def _short(identifier: object) -> str:
+    return _cell(identifier)[:ID_CHARACTERS]
+
+
+def _ms(milliseconds: float | None) -> str:
+    return "-" if milliseconds is None else f"{milliseconds:.1f} ms"
+
+
+def _cell(content: object) -> str:
+    if content is None:
+        return "-"
+    return printable(str(content)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _width(text: str) -> int:
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    combining = sum(unicodedata.combining(character) != 0 for character in text)
+    return len(text) + wide - combining
