@@ -1,0 +1,280 @@
+"""Runs attempts: the agent is found and checked, its input handed over, its end turned into a result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from knode.agents import text
+from knode.agents.limits import MAX_RESULT_BYTES, Limits
+from knode.agents.manifest import Capability, Runtime
+from knode.agents.registry import AgentEntry, Registry
+from knode.agents.sandbox import Command, Ended, Outcome, Sandbox
+from knode.agents.sandbox.surroundings import python_files, python_program
+from knode.errors import Code, KnodeError
+from knode.world import World
+
+MAX_INPUT_FILE_BYTES = 64 * 1024 * 1024
+MAX_STDERR_CHARACTERS = 2000
+MAX_ARGUMENT_BYTES = 100 * 1024
+"""Of all arguments together; the kernel takes 128 KiB for one."""
+_PROGRAM_NAME = ".program.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try of a task on this node."""
+
+    task_id: str
+    """Also the name of the attempt's folder."""
+    input: bytes
+    token: str
+    """The same for every attempt of a task; an agent passes it to the world outside."""
+    remaining_seconds: float
+    """Until the task's deadline."""
+    files: tuple[Path, ...] = ()
+    """Files that lie in the attempt's `input/` already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an attempt is."""
+
+    fraction: float | None
+    """From 0 to 1; None when the agent does not know."""
+    text: str
+    """At most 200 printable characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentResult:
+    """What an agent gave back: text or JSON, at most 192 KiB."""
+
+    output: bytes
+
+
+class Runner:
+    """Runs attempts of this node's agents.
+
+    Args:
+        sandbox: None when no sandbox holds on this machine: then built-in agents alone are run.
+        attempts: where each attempt has its folder, `<task_id>/`. The caller makes it, with the task's
+            files in `input/`, and removes it.
+    """
+
+    def __init__(self, world: World, registry: Registry, sandbox: Sandbox | None, attempts: Path) -> None:
+        self._world = world
+        self._registry = registry
+        self._sandbox = sandbox
+        self._attempts = attempts
+
+    @property
+    def sandbox(self) -> Sandbox | None:
+        """The sandbox in force."""
+        return self._sandbox
+
+    def can_run(self, agent_id: str) -> bool:
+        """Tell whether an attempt of `agent_id` would be begun now."""
+        try:
+            entry = self._registry.find(agent_id)
+        except KnodeError:
+            return False
+        return entry.runtime is Runtime.BUILTIN or self._sandbox is not None
+
+    async def run(self, agent_id: str, attempt: Attempt, progress: Callable[[Progress], None]) -> AgentResult:
+        """Run one attempt to its end and return its result.
+
+        Raises:
+            KnodeError: NO_AGENT, MANIFEST_INVALID or NO_SANDBOX when it was not begun; AGENT_FAILED with
+                the agent's own words, or naming the limit that it passed; TIMEOUT when the task's
+                deadline came before the agent's end.
+
+        When it returns, raises or is cancelled, nothing of the attempt runs any more.
+        """
+        entry = self._registry.find(agent_id)
+        if attempt.files and Capability.INPUT_FILES not in entry.manifest.capabilities:
+            raise KnodeError(
+                Code.AGENT_FAILED,
+                f"{agent_id} takes no files: its manifest does not ask for {Capability.INPUT_FILES}",
+            )
+        if attempt.remaining_seconds <= 0:
+            raise self._timed_out(agent_id)
+        if entry.runtime is Runtime.BUILTIN:
+            return await self._run_builtin(entry, attempt)
+        if self._sandbox is None:
+            raise KnodeError(
+                Code.NO_SANDBOX,
+                f"{agent_id} needs a sandbox, and none holds on this machine",
+                "install bubblewrap, then restart the node; 'knode doctor' says what was tried",
+            )
+        await self._world.blocking.run(lambda: self._registry.verify(entry))
+        return await self._run_sandboxed(self._sandbox, entry, attempt, progress)
+
+    async def _run_builtin(self, entry: AgentEntry, attempt: Attempt) -> AgentResult:
+        limit = min(entry.manifest.limits.output_bytes, MAX_RESULT_BYTES)
+
+        def work() -> bytes:
+            request = text.parse_request(attempt.input)
+            return text.answer(request, self._read_files(attempt), limit)
+
+        try:
+            return AgentResult(await self._world.blocking.run(work))
+        except ValueError as error:
+            raise KnodeError(Code.AGENT_FAILED, f"{entry.manifest.id}: {error}") from error
+
+    def _read_files(self, attempt: Attempt) -> dict[str, bytes]:
+        files, room = {}, MAX_INPUT_FILE_BYTES
+        for path in sorted(attempt.files):
+            data = self._world.disk.read(path, limit_bytes=room)
+            room -= len(data)
+            files[path.name] = data
+        return files
+
+    async def _run_sandboxed(
+        self,
+        sandbox: Sandbox,
+        entry: AgentEntry,
+        attempt: Attempt,
+        progress: Callable[[Progress], None],
+    ) -> AgentResult:
+        agent_id, limits = entry.manifest.id, entry.manifest.limits
+        hurried = attempt.remaining_seconds < limits.wall_seconds
+        if hurried:
+            limits = msgspec.structs.replace(limits, wall_seconds=max(1, int(attempt.remaining_seconds)))
+        folder = self._attempts / attempt.task_id
+        argv, stdin = self._program_of(entry, attempt, folder)
+        command = Command(
+            argv=argv,
+            folder=folder,
+            stdin=stdin,
+            read_only=[*python_files(), *([entry.code] if entry.code is not None else [])],
+            environment={"KNODE_TASK_TOKEN": attempt.token},
+        )
+        outcome = await sandbox.run(
+            command, limits, lambda fraction, words: progress(Progress(fraction, words))
+        )
+        if outcome.ended is Ended.WALL and hurried:
+            raise self._timed_out(agent_id)
+        if outcome.ended is not Ended.EXITED:
+            raise KnodeError(
+                Code.AGENT_FAILED,
+                f"{agent_id} {_describe_limit(outcome.ended, limits)}{_last_words(outcome)}",
+            )
+        if outcome.exit_code != 0:
+            raise KnodeError(
+                Code.AGENT_FAILED, f"{agent_id} exited with {outcome.exit_code}{_last_words(outcome)}"
+            )
+        return AgentResult(outcome.stdout)
+
+    def _program_of(self, entry: AgentEntry, attempt: Attempt, folder: Path) -> tuple[list[str], bytes]:
+        manifest = entry.manifest
+        if entry.code is not None and manifest.runtime is Runtime.PYTHON:
+            program = entry.code / manifest.entry[0]
+            return [os.fspath(python_program()), "-I", os.fspath(program)], attempt.input
+        if entry.code is not None:
+            return self._command_of(entry.code, manifest.entry), attempt.input
+        if manifest.runtime is Runtime.PYTHON:
+            source = parse_source(attempt.input)
+            program = folder / _PROGRAM_NAME
+            with self._world.disk.create(program) as file:
+                file.write(source.code.encode("utf-8", "replace"))
+            return [os.fspath(python_program()), "-I", os.fspath(program)], source.stdin.encode()
+        line = parse_line(attempt.input)
+        return list(line.argv), line.stdin.encode()
+
+    def _command_of(self, code: Path, argv: tuple[str, ...]) -> list[str]:
+        """Return the command with a program of the agent's own folder, `./name`, at its full path."""
+        program, *arguments = argv
+        if program.startswith("./"):
+            program = os.fspath(code / program)
+        return [program, *arguments]
+
+    @staticmethod
+    def _timed_out(agent_id: str) -> KnodeError:
+        return KnodeError(
+            Code.TIMEOUT,
+            f"the task's deadline came before {agent_id} was done",
+            "submit it again with a longer --deadline",
+        )
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The input of `kExecutor:python`."""
+
+    code: str
+    stdin: str = ""
+
+
+class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The input of `kExecutor:command`."""
+
+    argv: tuple[str, ...]
+    stdin: str = ""
+
+
+_source_decoder: msgspec.json.Decoder[Source] = msgspec.json.Decoder(Source)
+_line_decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
+
+
+def parse_source(data: bytes) -> Source:
+    """Return the program in `data`: JSON `{"code":…, "stdin":…}`, or Python source as it is.
+
+    Raises:
+        KnodeError: AGENT_FAILED when it is neither.
+    """
+    try:
+        return _source_decoder.decode(data)
+    except msgspec.DecodeError:
+        pass  # Python source; a dict display is one too
+    try:
+        return Source(code=data.decode())
+    except UnicodeDecodeError as error:
+        raise KnodeError(
+            Code.AGENT_FAILED, 'kExecutor:python takes UTF-8 source, or {"code":…, "stdin":…}'
+        ) from error
+
+
+def parse_line(data: bytes) -> Line:
+    """Return the command in `data`: JSON `{"argv":[…], "stdin":…}`, or a line for the shell.
+
+    Raises:
+        KnodeError: AGENT_FAILED when it is neither, or longer than 100 KiB.
+    """
+    expected = 'kExecutor:command takes a shell line, or {"argv":[…], "stdin":…}'
+    try:
+        line = _line_decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        try:
+            line = Line(argv=("/bin/sh", "-c", data.decode()))
+        except UnicodeDecodeError as error:
+            raise KnodeError(Code.AGENT_FAILED, f"{expected}, in UTF-8") from error
+    if not line.argv or not line.argv[0]:
+        raise KnodeError(Code.AGENT_FAILED, f"{expected}, and there is no program in it")
+    if any("\0" in argument for argument in line.argv):
+        raise KnodeError(Code.AGENT_FAILED, f"{expected}, without zero bytes")
+    if sum(len(argument.encode("utf-8", "replace")) for argument in line.argv) > MAX_ARGUMENT_BYTES:
+        raise KnodeError(Code.AGENT_FAILED, f"{expected}, of at most {MAX_ARGUMENT_BYTES} bytes")
+    return line
+
+
+def _describe_limit(ended: Ended, limits: Limits) -> str:
+    what = {
+        Ended.MEMORY: f"used more memory than its {limits.memory_bytes} bytes",
+        Ended.CPU: f"used more than its {limits.cpu_seconds} s of processor time",
+        Ended.WALL: f"ran longer than its {limits.wall_seconds} s",
+        Ended.OUTPUT: f"wrote more output than its {limits.output_bytes} bytes",
+        Ended.PROCESSES: f"had more than its {limits.processes} processes and threads",
+        Ended.FILES: f"made more than its {limits.files} files or {limits.file_bytes} bytes of them",
+    }
+    return f"was stopped: it {what[ended]}"
+
+
+def _last_words(outcome: Outcome) -> str:
+    """Return the end of standard error, fit to be shown in a terminal."""
+    words = outcome.stderr.decode("utf-8", "replace")
+    printable = "".join(c for c in words if c.isprintable() or c in "\n\t").strip()
+    return f": {printable[-MAX_STDERR_CHARACTERS:]}" if printable else ""

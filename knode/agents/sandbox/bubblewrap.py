@@ -1,0 +1,105 @@
+"""The sandbox by bubblewrap: namespaces of its own for everything, and a filter on system calls.
+
+The attempt sees a read-only `/usr`, its own folder, and nothing else of the machine: no home, no
+network but an empty one, no process but its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from knode.agents.limits import Limits
+from knode.agents.sandbox.sandbox import Command, OnProgress, Outcome
+from knode.agents.sandbox.seccomp import filter_program
+from knode.agents.sandbox.supervise import supervise
+from knode.agents.sandbox.surroundings import SYSTEM_FILES, environment_of, scratch_of
+from knode.errors import Code, KnodeError
+
+# The kernel counts processes per user namespace since 5.14, which makes the limit this sandbox's own;
+# before, it would count every process of the user.
+_PER_NAMESPACE_COUNT = (5, 14)
+_NOBODY = "65534"
+# bubblewrap's own process inside, which reaps
+_OWN_PROCESSES = 1
+
+
+class Bubblewrap:
+    """Runs commands by `bwrap`, with `prlimit` inside it."""
+
+    name = "bubblewrap"
+
+    def __init__(self) -> None:
+        self._bwrap = _program("bwrap", "bubblewrap")
+        self._prlimit = _program("prlimit", "util-linux")
+        self._filter = filter_program(os.uname().machine)
+        self._counts_per_namespace = _kernel_version() >= _PER_NAMESPACE_COUNT
+
+    async def run(self, command: Command, limits: Limits, on_progress: OnProgress) -> Outcome:
+        """Run `command`; see `Sandbox.run`."""
+        scratch = scratch_of(command.folder)
+        descriptor = os.memfd_create("knode-seccomp")
+        try:
+            os.write(descriptor, self._filter)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            return await supervise(
+                [*self.arguments(command, scratch, descriptor), *self._limited(limits), *command.argv],
+                environment=environment_of(command, scratch),
+                pass_fds=[descriptor],
+                stdin=command.stdin,
+                folder=command.folder,
+                limits=limits,
+                own_processes=_OWN_PROCESSES,
+                on_progress=on_progress,
+            )
+        finally:
+            os.close(descriptor)
+
+    def arguments(self, command: Command, scratch: Path, filter_descriptor: int) -> list[str]:
+        """Return bubblewrap's own arguments, up to the program that it runs."""
+        folder = os.fspath(command.folder)
+        arguments = [self._bwrap, "--unshare-all", "--die-with-parent", "--new-session"]
+        # Root would keep its capabilities and its rights over /proc/sys without these two lines.
+        arguments += ["--unshare-user", "--uid", _NOBODY, "--gid", _NOBODY, "--cap-drop", "ALL"]
+        arguments += ["--proc", "/proc", "--remount-ro", "/proc"]
+        arguments += ["--dev", "/dev", "--bind", os.fspath(scratch), "/dev/shm", "--remount-ro", "/dev"]
+        for path in SYSTEM_FILES:
+            if os.path.islink(path) and path.count("/") == 1:
+                arguments += ["--symlink", os.readlink(path), path]
+            else:
+                arguments += ["--ro-bind-try", path, path]
+        if not command.folder.is_relative_to("/tmp"):
+            arguments += ["--symlink", os.fspath(scratch), "/tmp"]
+        for readable in command.read_only:
+            arguments += ["--ro-bind", os.fspath(readable), os.fspath(readable)]
+        # The root is a memory disk: left writable, it would hold bytes that no limit counts.
+        arguments += ["--bind", folder, folder, "--chdir", folder, "--remount-ro", "/"]
+        return [*arguments, "--seccomp", str(filter_descriptor), "--"]
+
+    def _limited(self, limits: Limits) -> list[str]:
+        arguments = [
+            self._prlimit,
+            f"--as={limits.memory_bytes}",
+            f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}",
+            f"--nofile={limits.open_files}",
+            f"--fsize={limits.file_bytes}",
+            "--core=0",
+            "--memlock=0",
+            "--msgqueue=0",
+        ]
+        if self._counts_per_namespace:
+            arguments.append(f"--nproc={limits.processes + _OWN_PROCESSES}")
+        return [*arguments, "--"]
+
+
+def _program(name: str, package: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise KnodeError(Code.NO_SANDBOX, f"there is no {name} on this machine", f"install {package}")
+    return path
+
+
+def _kernel_version() -> tuple[int, int]:
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int("".join(filter(str.isdigit, minor)) or 0)

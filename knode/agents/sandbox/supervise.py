@@ -1,0 +1,274 @@
+"""Run one process and all that it starts: feed it, read it, watch it, and leave nothing behind.
+
+What confines the process is the caller's: this module starts the confining program, holds the
+limits that are held from outside, and kills the whole tree at the end, whatever the end was.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import thread_time
+
+import trio
+
+from knode.agents.limits import Limits
+from knode.agents.sandbox import tree
+from knode.agents.sandbox.folder import measure_folder
+from knode.agents.sandbox.sandbox import STDERR_TAIL_BYTES, Ended, OnProgress, Outcome
+from knode.errors import Code, KnodeError
+
+PROGRESS_PREFIX = b"knode:progress "
+MAX_PROGRESS_CHARACTERS = 200
+MAX_STDERR_BYTES = 4 * 1024 * 1024
+"""More than this on standard error is endless output."""
+WATCH_SECONDS = 0.02
+"""How often a tree is measured, at most."""
+WATCH_SHARE = 0.05
+"""The share of the node's time that measuring may take: many processes are measured less often."""
+FOLDER_SECONDS = 0.1
+KILL_SECONDS = 10.0
+CHUNK_BYTES = 64 * 1024
+_KILLED_FOR_CPU = 128 + signal.SIGXCPU
+
+
+async def supervise(
+    argv: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    pass_fds: Sequence[int],
+    stdin: bytes,
+    folder: Path,
+    limits: Limits,
+    own_processes: int,
+    on_progress: OnProgress,
+) -> Outcome:
+    """Run `argv` and everything below it until it exits or passes a limit.
+
+    Args:
+        environment: the whole environment of `argv`.
+        own_processes: threads below `argv` that belong to the sandbox and count towards no limit.
+
+    Raises:
+        KnodeError: NO_SANDBOX when `argv` cannot be started.
+
+    When it returns, raises or is cancelled, no descendant of the process is alive.
+    """
+    before = measure_folder(folder)
+    try:
+        # Started by the thread that runs the loop, not by a helper thread: the sandboxes ask the
+        # kernel to kill them with their parent, and for the kernel the parent is the thread.
+        process = subprocess.Popen(  # noqa: ASYNC220
+            argv,
+            env=dict(environment),
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise KnodeError(
+            Code.NO_SANDBOX, f"{argv[0]} cannot be started: {error.strerror}", "run 'knode doctor'"
+        ) from error
+    run = _Run(process, limits, own_processes, on_progress)
+    try:
+        return await run.to_the_end(stdin, folder, before.files, before.stored_bytes)
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + KILL_SECONDS):
+            await run.kill()
+
+
+class _Run:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        limits: Limits,
+        own_processes: int,
+        on_progress: OnProgress,
+    ) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._process = process
+        self._limits = limits
+        self._own_processes = own_processes
+        self._on_progress = on_progress
+        # The descriptors move to trio; Popen's file objects must not close them a second time.
+        self._stdin, self._stdout, self._stderr = (
+            trio.lowlevel.FdStream(os.dup(pipe.fileno()))
+            for pipe in (process.stdin, process.stdout, process.stderr)
+        )
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            pipe.close()
+        self._pidfd = os.pidfd_open(process.pid)
+        self._output = bytearray()
+        self._tail = _Tail()
+        self._ended = Ended.EXITED
+
+    async def to_the_end(self, stdin: bytes, folder: Path, files: int, stored_bytes: int) -> Outcome:
+        """Return once the process has exited or was stopped by a limit."""
+        with trio.move_on_after(self._limits.wall_seconds) as wall:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._feed, stdin)
+                nursery.start_soon(self._watch_processes, nursery.cancel_scope)
+                nursery.start_soon(self._watch_folder, folder, files, stored_bytes, nursery.cancel_scope)
+                async with trio.open_nursery() as readers:
+                    readers.start_soon(self._read_output, nursery.cancel_scope)
+                    readers.start_soon(self._read_errors, nursery.cancel_scope)
+                    await trio.lowlevel.wait_readable(self._pidfd)
+                    # A daemon that it left behind holds the pipes open: end it, then read to the end.
+                    await self._kill_descendants()
+                nursery.cancel_scope.cancel()
+        if wall.cancelled_caught:
+            self._ended = Ended.WALL
+        await self.kill()
+        exit_code = self._process.returncode
+        if self._ended is Ended.EXITED and exit_code == _KILLED_FOR_CPU:
+            self._ended = Ended.CPU
+        return Outcome(
+            ended=self._ended,
+            exit_code=exit_code if exit_code >= 0 else 128 - exit_code,
+            stdout=bytes(self._output),
+            stderr=self._tail.text(),
+        )
+
+    async def kill(self) -> None:
+        """Kill and reap the process and everything below it; twice is no error."""
+        if self._pidfd < 0:
+            return
+        await self._kill_descendants()
+        self._process.kill()
+        await trio.lowlevel.wait_readable(self._pidfd)
+        self._process.wait()  # it has exited, so this only reaps
+        os.close(self._pidfd)
+        self._pidfd = -1
+        for stream in (self._stdin, self._stdout, self._stderr):
+            await stream.aclose()
+
+    async def _kill_descendants(self) -> None:
+        # There is no event for the end of a process that is not one's child, so this one asks again.
+        while tree.kill_descendants(self._process.pid):  # noqa: ASYNC110
+            await trio.sleep(0.001)
+
+    def _stop(self, why: Ended, scope: trio.CancelScope) -> None:
+        self._ended = why
+        scope.cancel()
+
+    async def _feed(self, data: bytes) -> None:
+        try:
+            await self._stdin.send_all(data)
+        except trio.BrokenResourceError:
+            pass  # the program does not read its input to the end, which is its right
+        finally:
+            await self._stdin.aclose()
+
+    async def _read_output(self, scope: trio.CancelScope) -> None:
+        while chunk := await self._stdout.receive_some(CHUNK_BYTES):
+            room = self._limits.output_bytes - len(self._output)
+            self._output += chunk[:room]
+            if len(chunk) > room:
+                self._stop(Ended.OUTPUT, scope)
+
+    async def _read_errors(self, scope: trio.CancelScope) -> None:
+        total = 0
+        while chunk := await self._stderr.receive_some(CHUNK_BYTES):
+            total += len(chunk)
+            for fraction, text in self._tail.add(chunk):
+                self._on_progress(fraction, text)
+            if total > MAX_STDERR_BYTES:
+                self._stop(Ended.OUTPUT, scope)
+
+    async def _watch_processes(self, scope: trio.CancelScope) -> None:
+        while True:
+            begun = thread_time()
+            over = self._over_limit()
+            if over is not None:
+                self._stop(over, scope)
+            await trio.sleep(max(WATCH_SECONDS, (thread_time() - begun) / WATCH_SHARE))
+
+    def _over_limit(self) -> Ended | None:
+        processes = tree.descendants(self._process.pid)
+        usage = tree.measure(processes)
+        limits = self._limits
+        if usage.threads - self._own_processes > limits.processes:
+            return Ended.PROCESSES
+        if usage.cpu_seconds > limits.cpu_seconds:
+            return Ended.CPU
+        if (
+            usage.resident_bytes > limits.memory_bytes
+            and tree.measure_proportional_bytes(processes) > limits.memory_bytes
+        ):
+            return Ended.MEMORY
+        return None
+
+    async def _watch_folder(
+        self, folder: Path, files: int, stored_bytes: int, scope: trio.CancelScope
+    ) -> None:
+        while True:
+            begun = trio.current_time()
+            now = await trio.to_thread.run_sync(measure_folder, folder)
+            over_files = now.files - files > self._limits.files
+            if over_files or now.stored_bytes - stored_bytes > self._limits.file_bytes:
+                self._stop(Ended.FILES, scope)
+            await trio.sleep(max(FOLDER_SECONDS, (trio.current_time() - begun) / WATCH_SHARE))
+
+
+class _Tail:
+    """Standard error: lines of progress are taken out, the end of the rest is kept."""
+
+    def __init__(self) -> None:
+        self._line = bytearray()
+        self._kept: deque[bytes] = deque()
+        self._kept_bytes = 0
+
+    def add(self, chunk: bytes) -> list[tuple[float | None, str]]:
+        """Take a piece and return the progress that its full lines report."""
+        reports = []
+        *lines, rest = chunk.split(b"\n")
+        for line in lines:
+            self._line += line
+            report = parse_progress(bytes(self._line))
+            if report is None:
+                self._keep(bytes(self._line) + b"\n")
+            else:
+                reports.append(report)
+            self._line.clear()
+        self._line += rest
+        del self._line[:-STDERR_TAIL_BYTES]
+        return reports
+
+    def text(self) -> bytes:
+        """Return the last 8 KiB."""
+        return (b"".join(self._kept) + self._line)[-STDERR_TAIL_BYTES:]
+
+    def _keep(self, line: bytes) -> None:
+        self._kept.append(line)
+        self._kept_bytes += len(line)
+        while self._kept_bytes - len(self._kept[0]) >= STDERR_TAIL_BYTES:
+            self._kept_bytes -= len(self._kept.popleft())
+
+
+def parse_progress(line: bytes) -> tuple[float | None, str] | None:
+    """Return fraction and text of a line `knode:progress 0.5 some text`; None when it is another line.
+
+    What is not a fraction from 0 to 1 belongs to the text.
+    """
+    if not line.startswith(PROGRESS_PREFIX):
+        return None
+    words = line.removeprefix(PROGRESS_PREFIX).decode("utf-8", "replace").strip()
+    first, _, rest = words.partition(" ")
+    fraction: float | None
+    try:
+        fraction = float(first)
+    except ValueError:
+        fraction = None
+    if fraction is None or not 0 <= fraction <= 1:
+        fraction, rest = None, words
+    printable = "".join(character for character in rest if character.isprintable())
+    return fraction, printable[:MAX_PROGRESS_CHARACTERS]
