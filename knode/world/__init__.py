@@ -8,7 +8,8 @@ comes from outside: as carriers (`knode.transport`).
 from knode.world.blocking import Blocking
 from knode.world.clock import Clock, Monotonic, WallTime
 from knode.world.disk import Disk, WritableFile
+from knode.world.log import Log
 from knode.world.randomness import Randomness
 from knode.world.world import World
 
-__all__ = ["Blocking", "Clock", "Disk", "Monotonic", "Randomness", "WallTime", "World", "WritableFile"]
+__all__ = ["Blocking", "Clock", "Disk", "Log", "Monotonic", "Randomness", "WallTime", "World", "WritableFile"]

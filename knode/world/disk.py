@@ -53,6 +53,10 @@ class Disk(Protocol):
         """Return a whole file; NOT_FOUND when there is none, TOO_LARGE over the limit."""
         ...
 
+    def read_at(self, path: Path, offset: int, size: int) -> bytes:
+        """Return up to `size` bytes from `offset` on, empty at the end; NOT_FOUND when there is no file."""
+        ...
+
     def write(self, path: Path, data: bytes, *, mode: int = 0o600) -> None:
         """Replace a whole file, durably and atomically: after a crash it is the old or the new one."""
         ...

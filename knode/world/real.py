@@ -138,6 +138,12 @@ class RealDisk:
             raise KnodeError(Code.TOO_LARGE, f"{path} is larger than {limit_bytes} bytes")
         return data
 
+    def read_at(self, path: Path, offset: int, size: int) -> bytes:
+        """Return up to `size` bytes from `offset` on."""
+        with named_disk_errors(path), path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(size) or b""
+
     def write(self, path: Path, data: bytes, *, mode: int = 0o600) -> None:
         """Replace a whole file: temporary file, fsync, rename, fsync of the folder."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}.new")

@@ -1,0 +1,317 @@
+"""One KLP session over one link: the thin shell around `knode.klp.session`.
+
+Three tasks own it: one reads, one writes what waits whenever the link takes more, one keeps it alive.
+Everybody else only queues messages. When it ends, for whatever reason, every waiter is told.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+import trio
+
+from knode.errors import Code, KnodeError
+from knode.identity import KeyPair
+from knode.klp.frames import refusal
+from knode.klp.handshake import Established
+from knode.klp.messages import Goodbye, Keepalive, Load, Message, StreamEnd, StreamReset
+from knode.klp.session import Session, StreamData
+from knode.mesh.liveness import Liveness, PeerState
+from knode.transport import Link, LinkClosed
+from knode.world import Clock, Log
+
+GOOD_BYE_S = 1.0
+RETIRED_AT_MOST_S = 300.0
+
+
+class IncomingStream:
+    """Bulk data that a peer sends with a request; bounded by the credit that was given."""
+
+    def __init__(self, consumed: Callable[[int], None]) -> None:
+        self._chunks: deque[bytes] = deque()
+        self._consumed = consumed
+        self._arrived = trio.Event()
+        self._complete = False
+        self._error: KnodeError | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Take a chunk from the link."""
+        self._chunks.append(data)
+        self._arrived.set()
+
+    def finish(self) -> None:
+        """Note that all has come and its digest was right."""
+        self._complete = True
+        self._arrived.set()
+
+    def fail(self, error: KnodeError) -> None:
+        """Note that no more will come."""
+        if not self._complete:
+            self._error = error
+            self._arrived.set()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Give the chunks, in order; ends only when the digest of the whole was verified.
+
+        Raises:
+            KnodeError: UNAVAILABLE when the link was lost, CANCELLED when the sender gave up.
+        """
+        while True:
+            while self._chunks:
+                chunk = self._chunks.popleft()
+                yield chunk
+                self._consumed(len(chunk))
+            if self._error is not None:
+                raise self._error
+            if self._complete:
+                return
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+
+
+class Conversation:
+    """A session at work."""
+
+    def __init__(
+        self,
+        link: Link,
+        key: KeyPair,
+        established: Established,
+        *,
+        clock: Clock,
+        log: Log,
+        keepalive_s: float,
+        dead_after_s: float,
+        admit: Callable[[Established], None],
+        deliver: Callable[[Conversation, Message], None],
+        load: Callable[[], Load],
+    ) -> None:
+        now = clock.monotonic()
+        self.link = link
+        self.established = established
+        self.session = Session(key, established)
+        self.liveness = Liveness(keepalive_s, dead_after_s, heard_at=now, ticked_at=now)
+        self.opened_at = now
+        self.rtt_s: float | None = None
+        self.peer_load: Load | None = None
+        self.synchronised = trio.Event()
+        self.ended = trio.Event()
+        self.end_reason = ""
+        self.retired_at: float | None = None
+        self.incoming: dict[int, IncomingStream] = {}
+        self._outgoing: set[int] = set()
+        self._reset_by_peer: set[int] = set()
+        self._clock = clock
+        self._log = log
+        self._admit = admit
+        self._deliver = deliver
+        self._load = load
+        self._wake = trio.Event()
+        self._flow = trio.lowlevel.ParkingLot()
+        self._stop = trio.CancelScope()
+        self._heard_ping: tuple[int, float] = (0, 0.0)
+
+    @property
+    def open(self) -> bool:
+        """Whether it still carries messages."""
+        return not self.ended.is_set()
+
+    def send(self, message: Message) -> None:
+        """Queue a message; nothing happens when the conversation has ended.
+
+        Raises:
+            KnodeError: RATE_LIMITED when too much waits already.
+        """
+        if self.open:
+            self.session.send(message)
+            self._wake.set()
+
+    def send_or_close(self, message: Message) -> None:
+        """Queue a message; a peer that lets too much pile up is let go, as if its link were dead."""
+        try:
+            self.send(message)
+        except KnodeError as error:
+            self.close(error.message)
+
+    def stream_of(self, stream: int) -> IncomingStream:
+        """Return the stream that a request of the peer just opened."""
+        incoming = IncomingStream(lambda count: self._consumed(stream, count))
+        self.incoming[stream] = incoming
+        return incoming
+
+    def drop_stream(self, stream: int) -> None:
+        """Forget an incoming stream whose request was answered; tell the peer to stop when it has not."""
+        incoming = self.incoming.pop(stream, None)
+        if incoming is not None and self.open:
+            self.session.reset(stream, Code.CANCELLED)
+            self._wake.set()
+
+    async def upload(self, stream: int, chunks: AsyncIterator[bytes]) -> None:
+        """Send all `chunks` as one stream, as fast as link and credit allow.
+
+        Cancelling, or an error of `chunks`, tells the peer that the rest will not come.
+
+        Raises:
+            KnodeError: UNAVAILABLE when the conversation ended, CANCELLED when the peer wants no more.
+        """
+        self._outgoing.add(stream)
+        whole = False
+        try:
+            async for chunk in chunks:
+                rest = memoryview(chunk)
+                while rest:
+                    room = self.session.writable(stream)
+                    if room > 0:
+                        self.session.write(stream, rest[:room])
+                        rest = rest[room:]
+                        self._wake.set()
+                    else:
+                        await self._flow.park()
+                    self._check_outgoing(stream)
+            self.session.end(stream)
+            whole = True
+            self._wake.set()
+        finally:
+            self._outgoing.discard(stream)
+            if not whole and self.open:
+                self.session.reset(stream, Code.CANCELLED)
+                self._wake.set()
+
+    def retire(self) -> None:
+        """Take no part in new requests; close once no stream runs."""
+        if self.retired_at is None:
+            self.retired_at = self._clock.monotonic()
+
+    def close(self, reason: str) -> None:
+        """End at once."""
+        self.end_reason = self.end_reason or reason
+        self._stop.cancel()
+
+    async def say_good_bye(self, code: Code, message: str) -> None:
+        """Tell the peer why, wait a second at most until it is sent, then end."""
+        if self.open:
+            self.send(Goodbye(code, message))
+            with trio.move_on_after(GOOD_BYE_S):
+                while self.open and self.session.has_output:
+                    await self._flow.park()
+        self.close(message)
+
+    async def run(self) -> None:
+        """Carry messages until the link or the session ends. Raises only what a bug raises."""
+        try:
+            with self._stop:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write)
+                    nursery.start_soon(self._keep_alive)
+                    await self._read(nursery)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self.ended.set()
+            self.synchronised.set()
+            lost = KnodeError(Code.UNAVAILABLE, f"the link was lost ({self.end_reason})", "try again")
+            for stream in self.incoming.values():
+                stream.fail(lost)
+            self._flow.unpark_all()
+            with trio.CancelScope(shield=True):
+                await self.link.aclose()
+
+    async def _read(self, nursery: trio.Nursery) -> None:
+        try:
+            while True:
+                frame = await self.link.receive_frame()
+                self._admit(self.established)
+                for item in self.session.receive(frame):
+                    self._take(item)
+                self.liveness.heard(self._clock.monotonic())
+                if self.session.has_output:
+                    self._wake.set()
+        except LinkClosed as closed:
+            self.end_reason = self.end_reason or closed.reason
+        except KnodeError as error:
+            self.end_reason = self.end_reason or f"{error.code}: {error.message}"
+            self._log.warning("session ended", peer=self.established.peer.node_id, why=self.end_reason)
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True), trio.move_on_after(GOOD_BYE_S):
+                await _send_refusal(self.link, error)
+
+    def _take(self, item: Message | StreamData) -> None:
+        match item:
+            case StreamData(stream=stream, data=data):
+                incoming = self.incoming.get(stream)
+                if incoming is None:
+                    self._consumed(stream, len(data))
+                else:
+                    incoming.feed(data)
+            case StreamEnd(stream=stream):
+                finished = self.incoming.pop(stream, None)
+                if finished is not None:
+                    finished.finish()
+            case StreamReset(stream=stream, code=code):
+                incoming = self.incoming.pop(stream, None)
+                if incoming is not None:
+                    incoming.fail(KnodeError(Code.CANCELLED, f"the sender gave up ({code})"))
+                elif stream in self._outgoing:
+                    self._reset_by_peer.add(stream)
+            case Keepalive():
+                now = self._clock.monotonic()
+                self._heard_ping = (item.sent_us, now)
+                self.peer_load = item.load
+                if item.echo_us:
+                    self.rtt_s = max(0.0, now - item.echo_us / 1e6 - item.held_us / 1e6)
+            case Goodbye(message=message):
+                self.liveness.left()
+                self.close(f"the peer said good-bye: {message}")
+            case _:
+                self._deliver(self, item)
+        self._flow.unpark_all()
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                frame = self.session.next_frame()
+                if frame is None:
+                    self._flow.unpark_all()
+                    self._wake = trio.Event()
+                    await self._wake.wait()
+                    continue
+                await self.link.send_frame(frame)
+                self._flow.unpark_all()
+        except LinkClosed as closed:
+            # The reader still takes what had arrived before, and then ends the conversation.
+            self.end_reason = self.end_reason or closed.reason
+
+    async def _keep_alive(self) -> None:
+        while True:
+            now = self._clock.monotonic()
+            self.liveness.tick(now)
+            if self.liveness.state(now) is PeerState.FAILED:
+                self.close(f"nothing heard for {self.liveness.dead_after_s:g} s")
+            if self.retired_at is not None:
+                idle = not self.incoming and not self._outgoing
+                if idle or now - self.retired_at > RETIRED_AT_MOST_S:
+                    self.close("a better link serves this peer")
+            echo, heard_at = self._heard_ping
+            held = max(0, round((now - heard_at) * 1e6)) if echo else 0
+            self.send_or_close(Keepalive(max(1, round(now * 1e6)), echo, held, self._load()))
+            await trio.sleep(self.liveness.tick_s)
+
+    def _consumed(self, stream: int, count: int) -> None:
+        if self.open:
+            self.session.consumed(stream, count)
+            if self.session.has_output:
+                self._wake.set()
+
+    def _check_outgoing(self, stream: int) -> None:
+        if not self.open:
+            raise KnodeError(Code.UNAVAILABLE, f"the link was lost ({self.end_reason})", "try again")
+        if stream in self._reset_by_peer:
+            self._reset_by_peer.discard(stream)
+            raise KnodeError(Code.CANCELLED, "the receiver wants no more of this stream")
+
+
+async def _send_refusal(link: Link, error: KnodeError) -> None:
+    try:
+        await link.send_frame(refusal(error))
+    except LinkClosed:
+        return  # the other end is gone: nobody is left to be told

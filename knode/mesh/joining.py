@@ -1,0 +1,117 @@
+"""Joining a cell with a ticket: the inviter's side and the joining node's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+
+from knode.errors import Code, KnodeError
+from knode.klp.codec import Decoder
+from knode.mesh.contact import SignedContact, open_contact
+from knode.mesh.gossip import Gossip, Signed
+from knode.mesh.membership import Membership
+from knode.mesh.methods import Call, Methods
+from knode.mesh.peers import Peers
+from knode.mesh.roster import MAX_STATEMENTS, Member, Name, open_statement
+from knode.mesh.ticket import Ticket
+from knode.mesh.words import four_words
+from knode.world import Monotonic, World
+
+JOIN_S = 15.0
+
+
+class Join(msgspec.Struct, frozen=True, array_like=True):
+    """What the joining node asks: to be called `name`, and to be reached at its contact's addresses."""
+
+    name: Name
+    contact: Signed
+
+
+class Joined(msgspec.Struct, frozen=True, array_like=True):
+    """The roster and the contacts that the new member begins with."""
+
+    statements: Annotated[tuple[Signed, ...], msgspec.Meta(max_length=MAX_STATEMENTS)]
+    contacts: Annotated[tuple[Signed, ...], msgspec.Meta(max_length=MAX_STATEMENTS)]
+
+
+_joined: Decoder[Joined] = Decoder(Joined)
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What joining gave."""
+
+    member: Member
+    words: tuple[str, ...]
+
+
+class Joining:
+    """Both sides of a join."""
+
+    def __init__(
+        self, world: World, membership: Membership, peers: Peers, gossip: Gossip, methods: Methods
+    ) -> None:
+        self._world = world
+        self._membership = membership
+        self._peers = peers
+        self._gossip = gossip
+        methods.add("roster.join", Join, self._grant, roles=frozenset(), before_sync=True)
+
+    async def join(self, ticket: Ticket, name: str, contact: SignedContact) -> Welcome:
+        """Join the cell of `ticket`, trying its addresses in turn.
+
+        When it fails nothing has changed here, and the ticket can be used again if it was not.
+
+        Raises:
+            KnodeError: UNAVAILABLE when no address answers; TICKET_INVALID, TICKET_USED, TICKET_EXPIRED,
+                UNKNOWN_PEER (another node answers there), CHANNEL_MISMATCH, HOME_EXISTS.
+        """
+        if self._membership.in_cell:
+            raise KnodeError(
+                Code.HOME_EXISTS, "this node belongs to a cell already", "use another folder: '--home PATH'"
+            )
+        unreachable: list[str] = []
+        for address in ticket.addresses:
+            try:
+                return await self._join_at(address, ticket, name, contact)
+            except KnodeError as error:
+                if error.code is not Code.UNAVAILABLE:
+                    raise
+                unreachable.append(f"{address} ({error.message})")
+        raise KnodeError(
+            Code.UNAVAILABLE,
+            f"the inviter cannot be reached: {'; '.join(unreachable)}",
+            "check that it is up ('knode status' there) and that both machines share a network",
+        )
+
+    async def _join_at(self, address: str, ticket: Ticket, name: str, contact: SignedContact) -> Welcome:
+        conversation = await self._peers.open_with_ticket(
+            address, ticket.inviter_key, ticket.cell, ticket.key
+        )
+        try:
+            inviter = self._peers.peer(ticket.inviter_key)
+            deadline = Monotonic(self._world.clock.monotonic() + JOIN_S)
+            answer = await inviter.request("roster.join", Join(name, contact.data), deadline=deadline)
+            joined = _joined.decode(answer)
+            statements = [open_statement(data) for data in joined.statements]
+            words = four_words(conversation.established.session_id)
+        finally:
+            conversation.close("joined")
+            await conversation.ended.wait()
+        await self._membership.adopt(ticket.cell, statements)
+        await self._membership.add_contacts([open_contact(data) for data in joined.contacts])
+        return Welcome(self._membership.own, words)
+
+    async def _grant(self, call: Call, join: Join) -> Joined:
+        contact = open_contact(join.contact)
+        if contact.body.key != call.caller.raw:
+            raise KnodeError(Code.NOT_RECIPIENT, "a contact speaks for its own key alone")
+        words = four_words(call.session_id)
+        await self._membership.redeem(call.ticket, call.caller, join.name, words)
+        self._gossip.push_contacts(await self._membership.add_contacts([contact]), but=call.caller)
+        return Joined(
+            tuple(s.data for s in self._membership.roster.statements.values()),
+            tuple(c.data for c in self._membership.contacts.values()),
+        )

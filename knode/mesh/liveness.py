@@ -1,0 +1,56 @@
+"""Is the peer there? A pure judgement from what was heard and when.
+
+A node that was itself held up (a slow machine, a long pause) must not accuse the others: time in
+which its own tick came late counts for nobody (memberlist's local health, Dadgar et al. 2017, in the
+simplest form).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class PeerState(StrEnum):
+    """What a node thinks of a peer."""
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"
+    FAILED = "failed"
+    LEFT = "left"
+
+
+@dataclass(slots=True)
+class Liveness:
+    """Judges one peer. Times are monotonic seconds."""
+
+    tick_s: float
+    dead_after_s: float
+    heard_at: float
+    ticked_at: float
+    good_bye: bool = False
+
+    def heard(self, now: float) -> None:
+        """Note that anything at all came from the peer."""
+        self.heard_at = now
+        self.good_bye = False
+
+    def tick(self, now: float) -> None:
+        """Note that our own clock of work ticked; late ticks excuse the peer by as much."""
+        late = now - self.ticked_at - self.tick_s
+        if late > self.tick_s:
+            self.heard_at = min(now, self.heard_at + late)
+        self.ticked_at = now
+
+    def left(self) -> None:
+        """Note that the peer said good-bye."""
+        self.good_bye = True
+
+    def state(self, now: float) -> PeerState:
+        """Say what to think of the peer now."""
+        if self.good_bye:
+            return PeerState.LEFT
+        silence = now - self.heard_at
+        if silence >= self.dead_after_s:
+            return PeerState.FAILED
+        return PeerState.SUSPECT if silence >= self.dead_after_s / 2 else PeerState.ALIVE

@@ -1,0 +1,281 @@
+"""One other node, whatever link reaches it: which conversation is used, and the requests that wait.
+
+A request belongs to the peer, not to the link. When a link dies it is asked again over the next one,
+and the other node's memory of answers (`knode.klp.answers`) keeps it from being run twice. When the
+other node has restarted in between, nobody can say whether the request was run, and the asker is told
+so: UNKNOWN.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import trio
+
+from knode.errors import Code, KnodeError
+from knode.identity import NodeId, PublicKey
+from knode.klp.codec import encode
+from knode.klp.limits import MAX_BODY_BYTES, MAX_TTL_MS
+from knode.klp.messages import Answer, Cancel, Context, Event, Failure, Load, Request, Response
+from knode.mesh.conversation import Conversation
+from knode.mesh.liveness import PeerState
+from knode.world import Clock, Monotonic
+
+PENDING_AT_ONCE = 1024
+LOST_GRACE_S = 10.0
+"""How long a request that was sent waits for a lost peer to come back before its fate is unknown."""
+
+
+@dataclass(eq=False, slots=True)
+class Pending:
+    """A request of ours that waits for its answer."""
+
+    on_progress: Callable[[bytes], None] | None
+    request: Request | None = None
+    """As it was first sent; None until then. Asked again, it is the same."""
+    answer: Answer | None = None
+    error: KnodeError | None = None
+    done: trio.Event = field(default_factory=trio.Event)
+
+    def settle(self, answer: Answer) -> None:
+        """Take the answer; a second one changes nothing."""
+        if not self.done.is_set():
+            self.answer = answer
+            self.done.set()
+
+    def fail(self, error: KnodeError) -> None:
+        """End it without an answer."""
+        if not self.done.is_set():
+            self.error = error
+            self.done.set()
+
+
+class Peer:
+    """Another node, as this one sees it."""
+
+    def __init__(self, own: PublicKey, key: PublicKey, clock: Clock, dead_after_s: float) -> None:
+        self.key = key
+        self.conversation: Conversation | None = None
+        """The one that new messages go over."""
+        self.conversations: list[Conversation] = []
+        self.announced: dict[str, bytes] = {}
+        """The latest body of each topic that it announced."""
+        self.changed = trio.Event()
+        """Set, and replaced, whenever another conversation is used, or none."""
+        self._own = own
+        self._clock = clock
+        self._dead_after_s = dead_after_s
+        self._left = False
+        self._lost_at = Monotonic(float("-inf"))
+        self._pending: dict[int, Pending] = {}
+        self._counters = itertools.count(1)
+
+    @property
+    def node_id(self) -> NodeId:
+        """Its PeerId."""
+        return self.key.node_id
+
+    @property
+    def state(self) -> PeerState:
+        """What to think of the peer now."""
+        now = self._clock.monotonic()
+        if self.conversation is not None:
+            return self.conversation.liveness.state(now)
+        if self._left:
+            return PeerState.LEFT
+        return PeerState.SUSPECT if now - self._lost_at < self._dead_after_s else PeerState.FAILED
+
+    @property
+    def load(self) -> Load | None:
+        """What it last said of its load; None while it is not here."""
+        return self.conversation.peer_load if self.conversation is not None else None
+
+    def attach(self, conversation: Conversation) -> None:
+        """Take a conversation that was just opened."""
+        self.conversations.append(conversation)
+        self._left = False
+        self._choose()
+
+    def detach(self, conversation: Conversation) -> None:
+        """Let go of a conversation that has ended."""
+        self.conversations.remove(conversation)
+        if not self.conversations:
+            self._left = conversation.liveness.good_bye
+            self._lost_at = self._clock.monotonic()
+        self._choose()
+
+    def send_event(self, topic: str, body: bytes, context: Context) -> None:
+        """Send an event, if the peer is here and takes it; events may get lost."""
+        if self.conversation is not None:
+            self.conversation.send_or_close(Event(topic, context, body))
+
+    async def request(
+        self,
+        method: str,
+        body: msgspec.Struct,
+        *,
+        deadline: Monotonic,
+        context: Context | None = None,
+        chunks: AsyncIterator[bytes] | None = None,
+        on_progress: Callable[[bytes], None] | None = None,
+    ) -> bytes:
+        """Ask once, over whatever link is best, and wait for the answer.
+
+        Args:
+            method: its name in the peer's table of methods.
+            body: at most 256 KiB encoded.
+            deadline: monotonic, at most 5 minutes ahead.
+            context: trace and causation, for both logs.
+            chunks: bulk data to send along; such a request is not asked again over another link.
+            on_progress: called with the body of each progress event; must not raise.
+
+        Raises:
+            KnodeError: UNAVAILABLE: the peer is not here, nothing was sent. UNKNOWN: it restarted or
+                was lost, so nobody can say whether the request was run. TIMEOUT: it may still run.
+                RATE_LIMITED, TOO_LARGE: nothing was sent. Else what the peer answered.
+
+        Cancelling leaves the link usable and tells the peer to stop.
+        """
+        encoded = encode(body)
+        if len(encoded) > MAX_BODY_BYTES:
+            raise KnodeError(Code.TOO_LARGE, f"a request carries at most {MAX_BODY_BYTES // 1024} KiB")
+        if len(self._pending) >= PENDING_AT_ONCE:
+            raise KnodeError(Code.RATE_LIMITED, f"{PENDING_AT_ONCE} requests wait for this node already")
+        counter = next(self._counters)
+        pending = self._pending[counter] = Pending(on_progress)
+        try:
+            with trio.move_on_at(deadline):
+                conversation = self.conversation or await self._come_back()
+                ttl_ms = round((deadline - self._clock.monotonic()) * 1000)
+                pending.request = Request(
+                    counter=counter,
+                    destination_boot=conversation.established.peer_boot,
+                    method=method,
+                    ttl_ms=max(1, min(MAX_TTL_MS, ttl_ms)),
+                    stream=0 if chunks is None else conversation.session.open_stream(),
+                    context=context or Context(),
+                    body=encoded,
+                )
+                conversation.send(pending.request)
+                if chunks is None:
+                    await self._answered(pending)
+                else:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(_upload, conversation, pending, chunks)
+                        await self._answered(pending)
+                        nursery.cancel_scope.cancel()
+            return _result(pending)
+        finally:
+            del self._pending[counter]
+            if pending.request is not None and pending.answer is None and self.conversation is not None:
+                self.conversation.send_or_close(Cancel(counter))
+
+    def take_answer(self, answer: Answer) -> None:
+        """Hand an answer to whoever waits for it."""
+        pending = self._pending.get(answer.counter)
+        if pending is not None:
+            pending.settle(answer)
+
+    def take_progress(self, counter: int, body: bytes) -> None:
+        """Hand a progress event to whoever waits for the request's answer."""
+        pending = self._pending.get(counter)
+        if pending is not None and pending.on_progress is not None:
+            pending.on_progress(body)
+
+    def _choose(self) -> None:
+        """Use the conversation that both sides prefer, and ask again there what waits."""
+        # Alike on both sides: what the smaller key opened, and of those the newest.
+        first = min(self._own.raw, self.key.raw)
+
+        def rank(conversation: Conversation) -> tuple[bool, float]:
+            opener = self._own.raw if conversation.established.initiator else self.key.raw
+            return opener == first, conversation.opened_at
+
+        usable = [c for c in self.conversations if c.open and c.retired_at is None]
+        best = max(usable, key=rank, default=None)
+        for conversation in usable:
+            if conversation is not best:
+                conversation.retire()
+        if best is self.conversation:
+            return
+        self.conversation = best
+        if best is not None:
+            for pending in list(self._pending.values()):
+                self._ask_again(best, pending)
+        self.changed.set()
+        self.changed = trio.Event()
+
+    def _ask_again(self, conversation: Conversation, pending: Pending) -> None:
+        request = pending.request
+        if request is None or pending.done.is_set():
+            return
+        if request.destination_boot != conversation.established.peer_boot:
+            pending.fail(_fate_unknown("the node restarted while it worked"))
+        elif not request.stream:
+            conversation.send_or_close(request)
+
+    async def _come_back(self) -> Conversation:
+        """Wait for a peer that was lost a moment ago; fail at once when it is gone."""
+        while self.conversation is None:
+            if self.state is not PeerState.SUSPECT:
+                raise KnodeError(
+                    Code.UNAVAILABLE, "the node cannot be reached now", "'knode peer list' shows who is here"
+                )
+            with trio.move_on_at(self._lost_at + self._dead_after_s):
+                await self.changed.wait()
+        return self.conversation
+
+    async def _answered(self, pending: Pending) -> None:
+        """Wait for the answer; a peer that stays away too long leaves the request's fate unknown."""
+        if pending.done.is_set():
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch, pending)
+            await pending.done.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _watch(self, pending: Pending) -> None:
+        while True:
+            with trio.move_on_after(float("inf") if self.conversation else LOST_GRACE_S) as grace:
+                await self.changed.wait()
+            if grace.cancelled_caught:
+                pending.fail(_fate_unknown("the node was lost while it worked"))
+                return
+
+
+async def _upload(conversation: Conversation, pending: Pending, chunks: AsyncIterator[bytes]) -> None:
+    """Send the data of a request. Its answer comes over the same link, or not at all."""
+    assert pending.request is not None
+    try:
+        await conversation.upload(pending.request.stream, chunks)
+        await conversation.ended.wait()
+        pending.fail(
+            KnodeError(Code.UNAVAILABLE, f"the link was lost ({conversation.end_reason})", "try again")
+        )
+    except KnodeError as error:
+        # Stopped by the receiver: it says why in its answer.
+        if error.code is not Code.CANCELLED:
+            pending.fail(error)
+
+
+def _result(pending: Pending) -> bytes:
+    match pending.answer:
+        case Response(body=body):
+            return body
+        case Failure() as failure:
+            raise failure.error()
+        case None if pending.error is not None:
+            raise pending.error
+        case None if pending.request is not None:
+            raise KnodeError(Code.TIMEOUT, "no answer in time; it may still have been done")
+        case None:
+            raise KnodeError(Code.UNAVAILABLE, "the node did not come back in time; nothing was sent")
+
+
+def _fate_unknown(why: str) -> KnodeError:
+    return KnodeError(
+        Code.UNKNOWN, f"{why}: nobody can say whether it was done", "look for its effects, then decide"
+    )
