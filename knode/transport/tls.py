@@ -1,13 +1,14 @@
 """TLS 1.3 over a trio socket, such that cancelling tears nothing.
 
 `trio.SSLStream` breaks when a write is cancelled, also one that a read made (an answer to a ping, a key
-update), and yields to the loop for each record of 16 KiB. Here what is encrypted waits in a buffer until
-it is sent, whoever sends it, and a read takes all the records that have come.
+update), and yields to the loop for each record of 16 KiB. Here what is to be sent waits in a queue until it
+is, whoever sends it, and a read takes all the records that have come.
 """
 
 from __future__ import annotations
 
 import ssl
+from collections import deque
 
 import trio
 
@@ -15,7 +16,8 @@ READ_BYTES = 256 * 1024
 """How much ciphertext one read takes from the socket, at most."""
 
 _RECORD_BYTES = 16 * 1024
-_NOTHING = memoryview(b"")
+# the other end decrypts one piece while this one encrypts the next
+_PIECE_BYTES = 128 * 1024
 
 
 class TlsStream:
@@ -30,7 +32,8 @@ class TlsStream:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
-        self._unsent = _NOTHING
+        self._plain: deque[memoryview] = deque()
+        self._unsent = memoryview(b"")
         self._sending = trio.Lock()
         self._ended = False
 
@@ -57,12 +60,12 @@ class TlsStream:
         """Return the certificate (DER) that the other end showed."""
         return self._tls.getpeercert(binary_form=True)
 
-    def encrypt(self, data: bytes | bytearray | memoryview) -> None:
+    def queue(self, data: bytes) -> None:
         """Put `data` behind what waits to be sent; call `flush` before the next, to keep that bounded."""
-        self._tls.write(data)
+        self._plain.append(memoryview(data))
 
     async def flush(self) -> None:
-        """Return once everything encrypted so far is with the kernel.
+        """Return once everything queued so far is with the kernel.
 
         Cancelling keeps what is unsent for the next flush, in order.
         """
@@ -71,13 +74,21 @@ class TlsStream:
         except trio.WouldBlock:
             await self._sending.acquire()
         try:
-            while self._unsent or self._outgoing.pending:
-                if not self._unsent:
-                    self._unsent = memoryview(self._outgoing.read())
+            while self._unsent or self._encrypt_next():
                 sent = await self._socket.send(self._unsent)
                 self._unsent = self._unsent[sent:]
         finally:
             self._sending.release()
+
+    def _encrypt_next(self) -> bool:
+        """Make the next piece ready to be sent; tell whether there is one."""
+        if self._plain:
+            waiting = self._plain.popleft()
+            self._tls.write(waiting[:_PIECE_BYTES])
+            if len(waiting) > _PIECE_BYTES:
+                self._plain.appendleft(waiting[_PIECE_BYTES:])
+        self._unsent = memoryview(self._outgoing.read())
+        return bool(self._unsent)
 
     async def receive(self) -> list[bytes]:
         """Wait for data and return all that one read brought, in pieces; an empty list is the end.

@@ -139,7 +139,7 @@ class WebSocketLink:
         """Hand what the protocol has to say to the kernel. Raises LinkClosed."""
         for data in self._protocol.data_to_send():
             if data:  # an empty one asks to end the TCP connection: `_drop` does
-                self._stream.encrypt(data)
+                self._stream.queue(data)
         try:
             await self._stream.flush()
         except (OSError, trio.ClosedResourceError) as error:
@@ -257,7 +257,7 @@ async def _first_event(
 async def _flush_opening(stream: TlsStream, protocol: ClientProtocol | ServerProtocol) -> None:
     for data in protocol.data_to_send():
         if data:
-            stream.encrypt(data)
+            stream.queue(data)
     await stream.flush()
 
 
