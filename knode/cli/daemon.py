@@ -83,7 +83,7 @@ def stop(home: Home) -> int:
         pid = client.daemon_pid
         process = _handle_of(pid)
         try:
-            client.call("stop")
+            client.call("stop", silence_s=STOP_TIMEOUT_S)
         except KnodeError as error:
             if error.code is not Code.UNAVAILABLE:  # it may end before its answer is out
                 raise
@@ -104,7 +104,7 @@ def _await_answer(home: Home, process: subprocess.Popen[bytes], said: Path) -> N
         client = answering(home)
         if client is not None:
             with client:
-                client.call("status")
+                client.call("status", silence_s=START_TIMEOUT_S)
             return
         time.sleep(_POLL_S)
     raise KnodeError(

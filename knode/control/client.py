@@ -52,6 +52,12 @@ class Client:
                 connected.connect(str(home.socket))
             except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:
                 raise not_running(home) from error
+            except BlockingIOError as error:
+                raise KnodeError(
+                    Code.UNAVAILABLE,
+                    f"the daemon of {home.path} has too many callers",
+                    "ask again in a moment",
+                ) from error
             except PermissionError as error:
                 raise KnodeError(
                     Code.NOT_ALLOWED,
@@ -73,7 +79,12 @@ class Client:
         return pid
 
     def call(
-        self, method: str, params: dict[str, Any] | None = None, on_progress: OnProgress | None = None
+        self,
+        method: str,
+        params: dict[str, Any] | None = None,
+        on_progress: OnProgress | None = None,
+        *,
+        silence_s: float | None = None,
     ) -> Any:
         """Ask the daemon and wait for its answer; every wait of the daemon has its own end.
 
@@ -81,12 +92,15 @@ class Client:
             method: a name of the method table.
             params: by name; at most 16 MiB encoded.
             on_progress: told of each step; without it steps are passed over.
+            silence_s: how long the daemon may say nothing; for ever unless given.
 
         Raises:
             KnodeError: what the daemon answered; TOO_LARGE before anything is sent; UNAVAILABLE when
-                the daemon went away before it answered.
+                the daemon went away before it answered; TIMEOUT after `silence_s`, and then the
+                connection is of no more use.
         """
         self._calls += 1
+        self._socket.settimeout(silence_s)
         request = {"jsonrpc": "2.0", "id": self._calls, "method": method, "params": params or {}}
         self._send(request)
         while True:
@@ -113,14 +127,7 @@ class Client:
         self.close()
 
     def _hear_hello(self) -> None:
-        try:
-            message = self._receive()
-        except TimeoutError as error:
-            raise KnodeError(
-                Code.TIMEOUT,
-                f"the daemon of {self._home.path} took the call but says nothing",
-                command_for(self._home, "down"),
-            ) from error
+        message = self._receive()
         if "error" in message:
             raise _as_knode_error(message["error"])
         spoken = message.get("params", {}).get("protocol")
@@ -145,8 +152,11 @@ class Client:
             )
         try:
             self._socket.sendall(line)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise self._gone() from error
+        except (BrokenPipeError, ConnectionResetError):
+            # The daemon refuses a connection with a last line that may still wait to be read.
+            return
+        except TimeoutError as error:
+            raise self._silent() from error
 
     def _receive(self) -> dict[str, Any]:
         searched = 0
@@ -158,13 +168,27 @@ class Client:
                 chunk = self._socket.recv(_READ_BYTES)
             except ConnectionResetError as error:
                 raise self._gone() from error
+            except TimeoutError as error:
+                raise self._silent() from error
             if not chunk:
                 raise self._gone()
             self._buffer += chunk
         line = self._buffer[:end]
         del self._buffer[: end + 1]
-        message: dict[str, Any] = json.loads(line)
+        try:
+            message: dict[str, Any] = json.loads(line)
+        except ValueError as error:
+            raise KnodeError(
+                Code.INTERNAL, f"what answers at {self._home.socket} is no knode daemon ({error})"
+            ) from error
         return message
+
+    def _silent(self) -> KnodeError:
+        return KnodeError(
+            Code.TIMEOUT,
+            f"the daemon of {self._home.path} (process {self.daemon_pid}) takes calls but says nothing",
+            f"kill {self.daemon_pid}",
+        )
 
     def _gone(self) -> KnodeError:
         return KnodeError(

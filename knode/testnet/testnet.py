@@ -1,0 +1,298 @@
+"""A testnet: its folder, its nodes, and what can be done with them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from knode.control.client import Client
+from knode.errors import Code, KnodeError
+from knode.home.layout import Home
+from knode.testnet.processes import CommandLine, daemons_of, end, free_ports
+
+MAX_NODES = 32
+STATE_FILE = "testnet.json"
+SEEN_TIMEOUT_S = 60.0
+"""How long `up` waits, once all have joined, until every node sees every other."""
+
+_HOST = "127.0.0.1"
+_AT_ONCE = max(2, os.cpu_count() or 1)
+_POLL_S = 0.1
+_END_ROUNDS = 5
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TestnetNode:
+    """One node of a testnet; `home` is absolute, `port` is on loopback and stays the node's own."""
+
+    __test__ = False  # to pytest it only looks like a test
+
+    name: str
+    home: Path
+    node_id: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Testnet:
+    """A folder with nodes, made by `up` and found again by `open`."""
+
+    __test__ = False
+
+    folder: Path
+    nodes: tuple[TestnetNode, ...]
+
+    @classmethod
+    def up(cls, folder: Path, *, nodes: int, tell: Tell = lambda text: None) -> Testnet:
+        """Make and start `nodes` nodes, joined to one cell; return when each sees all of them alive.
+
+        A failure and an interruption (KeyboardInterrupt) stop all that was started and remove all that
+        was made before they are raised again.
+
+        Args:
+            folder: empty or absent; it becomes the testnet's.
+            nodes: 1 to MAX_NODES.
+            tell: told in a few words of each step.
+
+        Raises:
+            KnodeError: INVALID_ARGUMENT, HOME_EXISTS when the folder is in use, TIMEOUT when they do not
+                all see each other within 60 seconds, or what a command of a node raised.
+        """
+        if not 1 <= nodes <= MAX_NODES:
+            raise KnodeError(Code.INVALID_ARGUMENT, f"a testnet has 1 to {MAX_NODES} nodes, not {nodes}")
+        folder = folder.resolve()
+        made_folder = _claim(folder)
+        command_line = CommandLine()
+        planned = [
+            TestnetNode(f"node{number}", folder / f"node{number}", "", port)
+            for number, port in enumerate(free_ports(nodes), start=1)
+        ]
+        try:
+            made = cls(folder, tuple(_form_cell(command_line, planned, tell)))
+            made._save()
+            made._await_all_seen(tell)
+        except BaseException:
+            with _uninterrupted():
+                tell("stopping and removing what was started")
+                command_line.interrupt()
+                cls(folder, tuple(planned)).down()
+                if made_folder:
+                    folder.rmdir()
+            raise
+        return made
+
+    @classmethod
+    def open(cls, folder: Path) -> Testnet:
+        """Find the testnet in a folder.
+
+        Raises:
+            KnodeError: NOT_FOUND when there is none, HOME_DAMAGED when its file cannot be read.
+        """
+        folder = folder.resolve()
+        file = folder / STATE_FILE
+        try:
+            rows = json.loads(file.read_text())["nodes"]
+            nodes = tuple(
+                TestnetNode(row["name"], folder / row["name"], row["node_id"], row["port"]) for row in rows
+            )
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise KnodeError(
+                Code.NOT_FOUND,
+                f"there is no testnet in {folder}",
+                f"knode testnet up --nodes 3 --dir {folder}",
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise KnodeError(
+                Code.HOME_DAMAGED, f"{file} is damaged ({error})", "stop its nodes with 'knode down --home …'"
+            ) from error
+        return cls(folder, nodes)
+
+    def node(self, which: str) -> TestnetNode:
+        """Return a node by number or name; NOT_FOUND when there is none."""
+        for node in self.nodes:
+            if which in (node.name, node.name.removeprefix("node")):
+                return node
+        raise KnodeError(
+            Code.NOT_FOUND,
+            f"there is no node {which!r} among {self.nodes[0].name} … {self.nodes[-1].name}",
+            f"knode testnet status --dir {self.folder}",
+        )
+
+    def status(self) -> dict[str, Any]:
+        """Return `{nodes: [{name, home, pid, node_id, state}]}`; a node that answers is running."""
+        return {"nodes": [self._row(node) for node in self.nodes]}
+
+    def kill(self, which: str) -> int:
+        """End a node's daemon with SIGKILL and return the process id it had.
+
+        Raises:
+            KnodeError: NOT_FOUND, NOT_RUNNING.
+        """
+        node = self.node(which)
+        pids = _pids([node])
+        if not pids:
+            raise KnodeError(
+                Code.NOT_RUNNING,
+                f"{node.name} does not run",
+                f"knode testnet restart {which} --dir {self.folder}",
+            )
+        end(pids, signal.SIGKILL)
+        return pids[0]
+
+    def restart(self, which: str) -> None:
+        """Start a node again on its own port; one that runs is stopped first."""
+        node = self.node(which)
+        self._end([node])
+        CommandLine().run(node.home, "up", "--detach", "--port", str(node.port), "--host", _HOST)
+
+    def down(self) -> None:
+        """Stop every node and remove the nodes' homes; the folder itself stays, empty of them."""
+        self._end(self.nodes)
+        for node in self.nodes:
+            Home(node.home).socket.unlink(missing_ok=True)  # it may lie outside of the home
+            if node.home.exists():
+                shutil.rmtree(node.home)
+        (self.folder / STATE_FILE).unlink(missing_ok=True)
+
+    def _end(self, nodes: Sequence[TestnetNode]) -> None:
+        for _ in range(_END_ROUNDS):  # one that was being started may show up while others end
+            pids = _pids(nodes)
+            if not pids:
+                return
+            end(end(pids, signal.SIGTERM), signal.SIGKILL)
+        raise KnodeError(
+            Code.TIMEOUT, f"the processes {_pids(nodes)} cannot be ended", "kill -9 each of them"
+        )
+
+    def _row(self, node: TestnetNode) -> dict[str, Any]:
+        pid = next(iter(_pids([node])), None)
+        state = "stopped" if pid is None else "running"
+        return {
+            "name": node.name,
+            "home": str(node.home),
+            "pid": pid,
+            "node_id": node.node_id,
+            "state": state,
+        }
+
+    def _save(self) -> None:
+        rows = [{key: value for key, value in asdict(node).items() if key != "home"} for node in self.nodes]
+        (self.folder / STATE_FILE).write_text(json.dumps({"nodes": rows}, indent=2) + "\n")
+
+    def _await_all_seen(self, tell: Tell) -> None:
+        tell(f"waiting until every node sees all {len(self.nodes)}")
+        deadline = time.monotonic() + SEEN_TIMEOUT_S
+        everyone = {node.node_id for node in self.nodes}
+        for node in self.nodes:
+            while (seen := _seen_alive(node)) != everyone:
+                if time.monotonic() > deadline:
+                    raise KnodeError(
+                        Code.TIMEOUT,
+                        f"{node.name} sees {len(seen)} of {len(everyone)} nodes alive "
+                        f"after {SEEN_TIMEOUT_S:.0f} s",
+                    )
+                time.sleep(_POLL_S)
+
+
+def _claim(folder: Path) -> bool:
+    """See that the folder is empty, or make it; return whether it was made."""
+    if not folder.exists():
+        try:
+            folder.mkdir(parents=True, mode=0o700)
+        except OSError as error:
+            raise KnodeError(Code.DISK_READ_ONLY, f"{folder} cannot be made ({error.strerror})") from error
+        return True
+    if not folder.is_dir():
+        raise KnodeError(Code.HOME_EXISTS, f"{folder} is no folder", "choose another with --dir")
+    if (folder / STATE_FILE).exists():
+        raise KnodeError(
+            Code.HOME_EXISTS, f"{folder} holds a testnet already", f"knode testnet down --dir {folder}"
+        )
+    if any(folder.iterdir()):
+        raise KnodeError(
+            Code.HOME_EXISTS, f"{folder} is not empty", "choose an empty or new folder with --dir"
+        )
+    return False
+
+
+def _form_cell(command_line: CommandLine, planned: Sequence[TestnetNode], tell: Tell) -> list[TestnetNode]:
+    """Found the cell on the first node and let the others join it, as many at once as there are cores."""
+    first, *others = planned
+    tell(f"{first.name}: a new cell")
+    founded = command_line.run(first.home, "init", "--name", first.name)
+    command_line.run(first.home, "up", "--detach", "--port", str(first.port), "--host", _HOST)
+
+    def join(node: TestnetNode) -> TestnetNode:
+        ticket = command_line.run(first.home, "invite", "--no-wait")["ticket"]
+        result = command_line.run(
+            node.home, "join", ticket, "--name", node.name, "--port", str(node.port), "--host", _HOST
+        )
+        tell(f"{node.name}: joined")
+        return _with_id(node, result["node_id"])
+
+    joined = _all_at_once(command_line, join, others)
+    return [_with_id(first, founded["node_id"]), *joined]
+
+
+def _all_at_once(
+    command_line: CommandLine, work: Callable[[TestnetNode], TestnetNode], nodes: Sequence[TestnetNode]
+) -> list[TestnetNode]:
+    if not nodes:
+        return []
+    pool = ThreadPoolExecutor(_AT_ONCE)
+    try:
+        futures: list[Future[TestnetNode]] = [pool.submit(work, node) for node in nodes]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            if future.done() and not future.cancelled() and (error := future.exception()):
+                raise error
+        return [future.result() for future in futures]
+    except BaseException:
+        command_line.interrupt()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _with_id(node: TestnetNode, node_id: str) -> TestnetNode:
+    return TestnetNode(node.name, node.home, node_id, node.port)
+
+
+def _seen_alive(node: TestnetNode) -> set[str]:
+    with Client.connect(Home(node.home)) as client:
+        members = client.call("status", silence_s=SEEN_TIMEOUT_S)["members"]
+    return {member["node_id"] for member in members if member["state"] == "alive"}
+
+
+def _pids(nodes: Sequence[TestnetNode]) -> list[int]:
+    """Return the processes of these nodes: those started as their daemons, and whatever answers for them."""
+    pids = set(daemons_of([node.home for node in nodes]))
+    for node in nodes:
+        with contextlib.suppress(KnodeError), Client.connect(Home(node.home)) as client:
+            pids.add(client.daemon_pid)
+    return sorted(pids)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C: impatience must not leave processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

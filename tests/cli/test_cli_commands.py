@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knode.cli.commands.tasks import INPUT_LIMIT_BYTES
+from knode.errors import Code, KnodeError
+from knode.home.layout import Home
+
+TASK = {
+    "id": "01TASK",
+    "agent": "kExecutor:text",
+    "state": "succeeded",
+    "attempt": 1,
+    "node": "12D3KooWAAAABBBB",
+    "key": None,
+    "result": {"words": 3},
+    "error": None,
+}
+
+
+def last_params(daemon: Any) -> dict[str, Any]:
+    return daemon.asked[-1][1]
+
+
+def test_wrong_usage_is_exit_2_and_names_the_help_to_read(knode: Any) -> None:
+    run = knode("task", "submit", "--nonsense", "a")
+    assert (run.code, run.out) == (2, "")
+    assert run.err.splitlines()[0].startswith("error: No such option: --nonsense")
+    assert run.err.splitlines()[1] == "next: knode task submit --help"
+
+
+@pytest.mark.parametrize("words", [["nothing"], ["task", "submit"], ["up", "--port", "70000"]])
+def test_wrong_usage_is_one_json_document_with_json(knode: Any, words: list[str]) -> None:
+    run = knode(*words, "--json")
+    assert (run.code, run.err) == (2, "")
+    assert json.loads(run.out)["error"]["code"] == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status"],
+        ["down"],
+        ["invite"],
+        ["peer", "list"],
+        ["member", "list"],
+        ["agent", "list"],
+        ["task", "list"],
+        ["task", "submit", "kExecutor:text"],
+        ["logs", "tail"],
+    ],
+)
+def test_without_a_daemon_every_call_is_exit_3_and_names_the_command(
+    knode: Any, home: Home, words: list[str]
+) -> None:
+    home.path.mkdir()
+    run = knode(*words)
+    assert (run.code, run.out) == (3, "")
+    assert run.err.splitlines() == [
+        f"error: no daemon runs for {home.path}",
+        f"next: knode up --home {home.path}",
+    ]
+
+
+def test_where_there_is_no_node_the_next_step_is_init(knode: Any, home: Home) -> None:
+    run = knode("status", "--json")
+    assert run.code == 3
+    assert json.loads(run.out)["error"]["next"] == f"knode init --home {home.path}"
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [(Code.NOT_FOUND, 5), (Code.NOT_ALLOWED, 4), (Code.NO_ELIGIBLE_NODE, 6), (Code.TOO_LARGE, 1)],
+)
+def test_the_daemon_s_error_gives_its_exit_code_and_its_json(
+    knode: Any, daemon: Any, code: Code, exit_code: int
+) -> None:
+    daemon.results["task.show"] = KnodeError(code, "what and why", "what next")
+    run = knode("task", "show", "x", "--json")
+    assert run.code == exit_code
+    assert json.loads(run.out) == {
+        "error": {"code": code.value, "message": "what and why", "next": "what next"}
+    }
+    plain = knode("task", "show", "x")
+    assert (plain.code, plain.out, plain.err) == (exit_code, "", "error: what and why\nnext: what next\n")
+
+
+def test_a_hostile_error_message_cannot_drive_the_terminal(knode: Any, daemon: Any) -> None:
+    daemon.results["task.show"] = KnodeError(Code.AGENT_FAILED, "\x1b]0;owned\x07")
+    assert knode("task", "show", "x").err == "error: \\x1b]0;owned\\x07\n"
+
+
+def test_json_is_the_daemon_s_document(knode: Any, daemon: Any) -> None:
+    daemon.results["task.list"] = [TASK]
+    assert json.loads(knode("task", "list", "--json").out) == [TASK]
+    assert knode("task", "list").out.splitlines()[1].split() == [
+        *("01TASK", "kExecutor:text", "succeeded", "12D3KooWAAAABBBB", "-")
+    ]
+
+
+def test_a_submitted_task_carries_its_arguments(knode: Any, daemon: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("hello")
+    daemon.results["task.submit"] = TASK
+    words = ["--input", "hi", "--artifact", str(file), "--on", "pi", "--direct", "--deadline", "2.5"]
+    run = knode("task", "submit", "kExecutor:text", *words)
+    assert (run.code, run.out) == (0, "01TASK\n")
+    assert last_params(daemon) == {
+        "agent": "kExecutor:text",
+        "input": "hi",
+        "artifacts": [str(file)],
+        "on": "pi",
+        "direct": True,
+        "deadline_s": 2.5,
+        "wait": False,
+    }
+
+
+def test_input_comes_from_a_file(knode: Any, daemon: Any, tmp_path: Path) -> None:
+    (tmp_path / "input").write_text("größe")
+    daemon.results["task.submit"] = TASK
+    knode("task", "submit", "a", "--input", f"@{tmp_path / 'input'}")
+    assert last_params(daemon)["input"] == "größe"
+
+
+def test_input_comes_from_standard_input(process: Any, daemon: Any) -> None:
+    daemon.results["task.submit"] = TASK
+    with process("task", "submit", "a", "--input", "-") as run:
+        assert run.communicate("from a pipe", timeout=60)[0] == "01TASK\n"
+    assert last_params(daemon)["input"] == "from a pipe"
+
+
+def test_input_at_the_limit_is_sent_and_one_byte_more_is_not(knode: Any, daemon: Any, tmp_path: Path) -> None:
+    file = tmp_path / "input"
+    daemon.results["task.submit"] = TASK
+    file.write_text("x" * INPUT_LIMIT_BYTES)
+    assert knode("task", "submit", "a", "--input", f"@{file}").code == 0
+    file.write_text("x" * (INPUT_LIMIT_BYTES + 1))
+    run = knode("task", "submit", "a", "--input", f"@{file}", "--json")
+    error = json.loads(run.out)["error"]
+    assert (run.code, error["code"]) == (1, "TOO_LARGE")
+    assert "--artifact" in error["next"]
+    assert len(daemon.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--input", "@/nowhere/file"], "NOT_FOUND"),
+        (["--artifact", "/nowhere/file"], "NOT_FOUND"),
+        (["--artifact", "/"], "NOT_FOUND"),
+        (["--input", "@/bin/true"], "INVALID_ARGUMENT"),
+        (["--input", "\udcff"], "INVALID_ARGUMENT"),
+    ],
+)
+def test_an_input_that_cannot_be_used_is_named_before_anything_is_sent(
+    knode: Any, daemon: Any, words: list[str], code: str
+) -> None:
+    run = knode("task", "submit", "a", *words, "--json")
+    assert json.loads(run.out)["error"]["code"] == code
+    assert daemon.asked == []
+
+
+def test_wait_shows_progress_on_stderr_and_the_raw_result_on_stdout(knode: Any, daemon: Any) -> None:
+    daemon.steps["task.submit"] = [{"text": "reading", "fraction": 0.5, "node": "pi"}]
+    daemon.results["task.submit"] = {**TASK, "result": "three words"}
+    run = knode("task", "submit", "a", "--direct", "--wait")
+    assert (run.code, run.out, run.err) == (0, "three words\n", "pi:  50 % reading\n")
+    assert last_params(daemon)["wait"] is True
+    assert knode("task", "submit", "a", "--wait", "--quiet").err == ""
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "exit_code"),
+    [
+        ("failed", "AGENT_FAILED", 1),
+        ("failed", "NO_AGENT", 5),
+        ("failed", "NO_ELIGIBLE_NODE", 6),
+        ("cancelled", "CANCELLED", 1),
+        ("expired", "OF_A_NEWER_NODE", 1),
+        ("unknown", "UNKNOWN", 1),
+    ],
+)
+def test_wait_exits_by_the_task_s_error_unless_it_succeeded(
+    knode: Any, daemon: Any, state: str, code: str, exit_code: int
+) -> None:
+    task = {**TASK, "state": state, "result": None, "error": {"code": code, "message": "why"}}
+    daemon.results["task.submit"] = task
+    run = knode("task", "submit", "a", "--wait")
+    assert (run.code, run.out) == (exit_code, "")
+    assert run.err.splitlines()[0] == f"task 01TASK {state}: {code} why"
+    assert json.loads(knode("task", "submit", "a", "--wait", "--json").out) == task
+
+
+def test_an_unknown_outcome_is_explained(knode: Any, daemon: Any) -> None:
+    daemon.results["task.watch"] = {
+        **TASK,
+        "state": "unknown",
+        "error": {"code": "UNKNOWN", "message": "lost"},
+    }
+    run = knode("task", "watch", "01TASK")
+    assert run.code == 1
+    assert "submit it again only if running it twice does no harm" in run.err
+
+
+def test_watch_writes_a_document_a_line(knode: Any, daemon: Any) -> None:
+    step = {"text": "reading", "fraction": None, "node": "pi"}
+    daemon.steps["task.watch"] = [step, step]
+    daemon.results["task.watch"] = TASK
+    lines = knode("task", "watch", "01TASK", "--json").out.splitlines()
+    assert [json.loads(line) for line in lines] == [step, step, TASK]
+
+
+def test_log_lines_are_shown_as_they_stand_or_for_people(knode: Any, daemon: Any) -> None:
+    line = '{"time":"2026-01-02T03:04:05.678Z","level":"info","event":"task run","task":"01"}'
+    daemon.steps["logs.tail"] = [{"line": line}, {"line": "torn \x1b["}]
+    daemon.results["logs.tail"] = None
+    assert knode("logs", "tail", "-n", "2", "--json").out.splitlines()[0] == line
+    assert last_params(daemon) == {"lines": 2, "follow": False}
+    assert knode("logs", "tail").out.splitlines() == ["03:04:05 info    task run  task=01", "torn \\x1b["]
+
+
+def test_a_ping_that_nobody_answers_is_a_failure(knode: Any, daemon: Any) -> None:
+    daemon.results["peer.ping"] = {
+        "id": "x",
+        "name": "pi",
+        "link": "w",
+        "address": "a",
+        "rtt_ms": [],
+        "lost": 4,
+    }
+    assert knode("peer", "ping", "pi").code == 1
+    assert last_params(daemon) == {"node": "pi", "count": 4}
+
+
+def test_an_invitation_s_ticket_alone_goes_to_standard_output(knode: Any, daemon: Any) -> None:
+    daemon.results["invite"] = {"ticket": "knode-T", "role": "voter", "expires_at": "soon", "addresses": []}
+    run = knode("invite", "--role", "voter")
+    assert (run.code, run.out) == (0, "knode-T\n")
+    assert "knode join knode-T" in run.err
+    assert [method for method, _ in daemon.asked] == ["invite"]
+
+
+def test_an_invitation_waits_when_it_is_told_to(knode: Any, daemon: Any) -> None:
+    daemon.results["invite"] = {"ticket": "knode-T", "role": "worker", "expires_at": "soon", "addresses": []}
+    daemon.results["invite.wait"] = {"id": "x", "name": "pi", "words": ["a", "b", "c", "d"]}
+    run = knode("invite", "--wait")
+    assert run.out.splitlines()[:2] == ["knode-T", "pi joined"]
+    assert "a b c d" in run.out
+    lines = knode("invite", "--wait", "--json").out.splitlines()
+    assert [json.loads(line) for line in lines] == [daemon.results["invite"], daemon.results["invite.wait"]]
+
+
+def test_interrupting_the_wait_leaves_the_ticket_valid(process: Any, daemon: Any) -> None:
+    daemon.results["invite"] = {"ticket": "knode-T", "role": "worker", "expires_at": "soon", "addresses": []}
+    daemon.results["invite.wait"] = ...
+    with process("invite", "--wait") as run:
+        assert daemon.waiting.wait(60)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=60)
+    assert (run.returncode, out) == (0, "knode-T\n")
+    assert "the ticket stays valid until soon" in err
+
+
+def test_ctrl_c_is_exit_130_and_cancels_the_call(process: Any, daemon: Any) -> None:
+    daemon.results["task.watch"] = ...
+    with process("task", "watch", "x") as run:
+        assert daemon.waiting.wait(60)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=60)
+    assert (run.returncode, out, err) == (130, "", "")
+    assert daemon.cancelled.wait(60)
+
+
+def test_a_reader_that_goes_away_is_no_noise(process: Any, daemon: Any) -> None:
+    daemon.results["task.list"] = [TASK] * 5000
+    with process("task", "list") as run:
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.stderr.read() == ""
+        assert run.wait(60) == 1
+
+
+def test_a_wrong_ticket_makes_no_home(knode: Any, home: Home) -> None:
+    run = knode("join", "not-a-ticket", "--json")
+    assert (run.code, json.loads(run.out)["error"]["code"]) == (2, "INVALID_ARGUMENT")
+    assert not home.path.exists()
+
+
+def test_up_says_that_the_daemon_runs_already(knode: Any, daemon: Any) -> None:
+    for words in (["up"], ["up", "--detach"]):
+        run = knode(*words, "--json")
+        document = json.loads(run.out)
+        assert (run.code, document["started"], document["running"]) == (0, False, True)
+
+
+def test_configuration_is_set_and_shown_with_its_source_without_a_daemon(knode: Any, home: Home) -> None:
+    home.path.mkdir()
+    assert knode("config", "set", "node.port", "4999").code == 0
+    row = json.loads(knode("config", "get", "node.port", "--json").out)
+    assert row == {"key": "node.port", "value": 4999, "source": str(home.config_user)}
+    assert knode("config", "get", "node.port").out == "4999\n"
+    rows = json.loads(knode("config", "list", "--json").out)
+    assert {"key": "log.level", "value": "info", "source": "default"} in rows
+
+
+def test_a_configuration_that_keeps_the_daemon_from_starting_can_be_mended(knode: Any, home: Home) -> None:
+    home.config.mkdir(parents=True)
+    home.config_user.write_text('{"node": {"port": "many"}}')
+    assert knode("config", "list").code == 2
+    assert knode("config", "set", "node.port", "4747").code == 0
+    assert knode("config", "list").code == 0
+
+
+def test_an_unknown_key_is_not_found(knode: Any) -> None:
+    assert knode("config", "get", "node.prot").code == 5
+
+
+def test_the_help_is_plain_where_nobody_looks_and_names_every_command() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "knode", "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    for name in (
+        "init",
+        "up",
+        "down",
+        "status",
+        "invite",
+        "join",
+        "peer",
+        "member",
+        "agent",
+        "task",
+        "config",
+    ):
+        assert f"│ {name} " in run.stdout
+    assert "\x1b" not in run.stdout
+
+
+def test_starting_the_command_line_imports_nothing_heavy() -> None:
+    heavy = "trio", "msgspec", "nacl", "cryptography", "structlog", "apsw", "segno", "asyncio"
+    script = (
+        "import sys; sys.argv = ['knode', 'status', '--home', '/nonexistent'];"
+        "from knode.cli.main import main; main();"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert run.stdout == "[]\n"
