@@ -26,7 +26,7 @@ class LogFile:
 
     def append(self, line: str) -> bool:
         """Write one line, without its line end; tell whether it is in the file."""
-        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        data = line.encode() + b"\n"
         try:
             if self._size + len(data) > self._max_bytes and self._size:
                 self._rotate()

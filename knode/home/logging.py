@@ -8,6 +8,7 @@ Log from trio's thread alone.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -90,8 +91,10 @@ def redact(value: object, depth: int = 0) -> object:
         }
     if isinstance(value, list | tuple | set | frozenset):
         return [redact(content, depth + 1) for content in value]
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool | int):
         return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
     if isinstance(value, bytes | bytearray | memoryview):
         return f"[{len(value)} bytes]"
     text = str(value)
@@ -109,7 +112,8 @@ def to_line(event: Event) -> str:
     if len(line) > LINE_LIMIT_CHARACTERS:
         short = {key: event[key] for key in ("time", "level", "event")}
         line = json.dumps({**short, "event": str(event["event"])[:1024], "cut_characters": len(line)})
-    return line
+    # A lone surrogate is no UTF-8; escaped it is JSON still.
+    return line.encode("utf-8", "backslashreplace").decode()
 
 
 def to_text(event: Event) -> str:

@@ -19,6 +19,7 @@ Synchronous = Literal["FULL", "NORMAL"]
 
 BUSY_TIMEOUT_MS = 1_000
 CACHE_KIB = 8 * 1024
+CHECKPOINT_PAGES = 1_000
 JOURNAL_LIMIT_BYTES = 16 * 1024 * 1024
 
 # Exclusive locking comes before the journal mode: SQLite then needs no shared memory beside the file.
@@ -96,13 +97,15 @@ class Database:
         return await self._run(_look, work)
 
     async def aclose(self) -> None:
-        """Wait for the transaction that runs, then close the file; twice is no error."""
+        """Wait for the transaction that runs, then close the file; twice is no error.
+
+        When the disk is full or fails, the log stays beside the file, and the next opening reads it.
+        """
         with trio.CancelScope(shield=True):
             async with self._turn:
                 connection, self._connection = self._connection, None
                 if connection is not None:
-                    with _named_errors(self._path):
-                        await self._world.blocking.run(connection.close)
+                    await self._world.blocking.run(partial(_close, connection))
 
     async def _run(
         self,
@@ -146,11 +149,30 @@ def _connect(path: Path, vfs: str | None, migrations: tuple[str, ...], synchrono
                 synchronous=synchronous, cache_kib=CACHE_KIB, journal_limit=JOURNAL_LIMIT_BYTES
             )
             _execute_all(connection, setup)
+            connection.set_wal_hook(_checkpoint)
             _migrate(connection, path, migrations)
         except BaseException:
-            connection.close()
+            _close(connection)
             raise
     return connection
+
+
+def _close(connection: apsw.Connection) -> None:
+    # What is durable stays so; only the last checkpoint can fail here.
+    with contextlib.suppress(apsw.FullError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.IOError):
+        connection.close()
+
+
+def _checkpoint(connection: apsw.Connection, name: str, pages: int) -> int:
+    """Move the log into the file when it is long, after a commit.
+
+    The commit stands whatever happens here, so it must not be reported as failed: the next commit
+    tries again, and says it when the disk does not take that.
+    """
+    if pages >= CHECKPOINT_PAGES:
+        with contextlib.suppress(apsw.Error):
+            connection.wal_checkpoint(name)
+    return apsw.SQLITE_OK
 
 
 def _migrate(connection: apsw.Connection, path: Path, migrations: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ import trio
 
 from knode.errors import Code, KnodeError
 from knode.storage import Database
+from knode.storage import database as database_module
 from knode.world.real import real_world
 
 FIRST = "CREATE TABLE note (id INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT;"
@@ -167,13 +168,15 @@ except KnodeError as error:
 
 async def test_a_cancelled_write_is_whole_or_not_begun(tmp_path: Path) -> None:
     database = await Database.open(real_world(), tmp_path / "node.db", [FIRST])
+    begun: list[int] = []
     finished: list[int] = []
 
     async def write(number: int) -> None:
         def two_rows(connection: apsw.Connection) -> None:
             connection.execute("INSERT INTO note (text) VALUES (?)", (str(number),))
-            if number == 5:
-                # Cancelled while its transaction runs: the transaction ends first.
+            begun.append(number)
+            if len(begun) == 5:
+                # Cancelled while this transaction runs: it ends first.
                 trio.from_thread.run_sync(nursery.cancel_scope.cancel)
             connection.execute("INSERT INTO note (text) VALUES (?)", (str(number),))
 
@@ -184,7 +187,8 @@ async def test_a_cancelled_write_is_whole_or_not_begun(tmp_path: Path) -> None:
         for number in range(20):
             nursery.start_soon(write, number)
     assert nursery.cancel_scope.cancelled_caught
-    assert len(finished) < 20
+    assert begun == finished
+    assert len(finished) == 5
     stored = await database.read(texts)
     assert sorted(stored) == sorted(str(number) for number in finished for _ in range(2))
     await database.write(insert("after"))
@@ -223,3 +227,15 @@ async def test_acknowledged_writes_survive_a_killed_process(tmp_path: Path) -> N
     await database.aclose()
     assert stored[: len(acknowledged)] == acknowledged
     assert len(stored) - len(acknowledged) in (0, 1)
+
+
+async def test_the_log_beside_the_file_stays_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database_module, "CHECKPOINT_PAGES", 16)
+    path = tmp_path / "node.db"
+    database = await Database.open(real_world(), path, [FIRST])
+    for _ in range(200):
+        await database.write(insert("x" * 1000))
+    disk = real_world().disk
+    assert disk.size(tmp_path / "node.db-wal") < 40 * 4200
+    assert disk.size(path) > 100 * 1000
+    await database.aclose()

@@ -1,0 +1,169 @@
+"""A disk in memory that can lose power, fill up, or refuse to be written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from knode.errors import Code, KnodeError
+from knode.simulation.sqlite_vfs import VolumeVfs
+from knode.simulation.volume import Event, File, Snapshot, Truncate, Volume, Write
+from knode.world import Randomness
+from knode.world.real import named_disk_errors
+
+
+class SimulatedDisk:
+    """`World.disk` in memory, with a SQLite VFS over it.
+
+    A power cut gives a new disk, on which the restarted node runs: what the dying one still writes to
+    the old disk, or does in closing its databases, reaches nothing that survives.
+
+    Paths are absolute. To be used with `Blocking` of any kind, by one node.
+    """
+
+    def __init__(self, volume: Volume | None = None) -> None:
+        self._volume = volume or Volume({}, frozenset())
+        self._vfs = VolumeVfs(self._volume)
+
+    @classmethod
+    def restored(cls, snapshot: Snapshot) -> SimulatedDisk:
+        """Return a disk with what was in `snapshot`, all of it durable: a restored backup."""
+        files = {name: File(data) for name, data in snapshot.files.items()}
+        return cls(Volume(files, snapshot.folders))
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of all that is on the disk now, synced or not."""
+        files = {name: bytes(file.content) for name, file in self._volume.files.items()}
+        return Snapshot(files, frozenset(self._volume.folders))
+
+    def crash(self, randomness: Randomness) -> SimulatedDisk:
+        """Return the disk as it may be found after a power cut at this moment.
+
+        What was synced is there; of what was not, `randomness` keeps the first part or any part, and
+        may tear a write. This disk stays as it is, for the dying.
+        """
+        return SimulatedDisk(self._volume.after_crash(randomness))
+
+    def fill(self) -> None:
+        """Let nothing more fit, until `free`."""
+        self._volume.capacity_bytes = self._volume.used_bytes()
+
+    def free(self, capacity_bytes: int | None = None) -> None:
+        """Let files hold `capacity_bytes` together; None for no limit."""
+        self._volume.capacity_bytes = capacity_bytes
+
+    @property
+    def read_only(self) -> bool:
+        """Whether every write is refused."""
+        return self._volume.read_only
+
+    @read_only.setter
+    def read_only(self, value: bool) -> None:
+        self._volume.read_only = value
+
+    def watch(self, before: Callable[[Event], None]) -> None:
+        """Call `before` ahead of each write, truncate, sync and delete: where a power cut can strike."""
+        self._volume.before = before
+
+    def close(self) -> None:
+        """Forget the VFS; every database on it is closed by now."""
+        self._vfs.unregister()
+
+    @property
+    def sqlite_vfs(self) -> str:
+        """Name of the VFS over this disk."""
+        return self._vfs.name
+
+    def exists(self, path: Path) -> bool:
+        """Tell whether a file or folder is there."""
+        return str(path) in self._volume.files or str(path) in self._volume.folders
+
+    def size(self, path: Path) -> int:
+        """Return a file's size in bytes."""
+        return len(self._file(path).content)
+
+    def read(self, path: Path, *, limit_bytes: int) -> bytes:
+        """Return a whole file."""
+        content = self._file(path).content
+        if len(content) > limit_bytes:
+            raise KnodeError(Code.TOO_LARGE, f"{path} is larger than {limit_bytes} bytes")
+        return bytes(content)
+
+    def write(self, path: Path, data: bytes, *, mode: int = 0o600) -> None:
+        """Replace a whole file, at once and durably."""
+        with named_disk_errors(path):
+            self._volume.replace(str(path), data)
+
+    def create(self, path: Path, *, mode: int = 0o600) -> SimulatedFile:
+        """Open a new empty file."""
+        with named_disk_errors(path):
+            file = self._volume.open(str(path))
+            self._volume.change(file, Truncate(0))
+        return SimulatedFile(self._volume, file, path)
+
+    def make_folder(self, path: Path, *, mode: int = 0o700) -> None:
+        """Make a folder and its parents."""
+        wanted = {str(folder) for folder in (path, *path.parents)}
+        if not wanted <= self._volume.folders:
+            with named_disk_errors(path):
+                self._volume.must_be_writable(str(path))
+            self._volume.folders |= wanted
+
+    def list_folder(self, path: Path) -> list[str]:
+        """Return the names in a folder, sorted."""
+        names = (*self._volume.files, *self._volume.folders)
+        return sorted(os.path.basename(name) for name in names if os.path.dirname(name) == str(path) != name)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or a whole folder."""
+        inside = f"{path}/"
+        files = [name for name in self._volume.files if name == str(path) or name.startswith(inside)]
+        folders = {name for name in self._volume.folders if name == str(path) or name.startswith(inside)}
+        if files or folders:
+            with named_disk_errors(path):
+                self._volume.must_be_writable(str(path))
+                for name in files:
+                    self._volume.delete(name, durable=True)
+            self._volume.folders -= folders
+
+    def _file(self, path: Path) -> File:
+        file = self._volume.files.get(str(path))
+        if file is None:
+            raise KnodeError(Code.NOT_FOUND, f"there is no {path}")
+        return file
+
+
+class SimulatedFile:
+    """A file that grows at its end."""
+
+    def __init__(self, volume: Volume, file: File, path: Path) -> None:
+        self._volume = volume
+        self._file = file
+        self._path = path
+        self._closed = False
+
+    def write(self, data: bytes) -> None:
+        """Append `data`, unsynced."""
+        assert not self._closed, "written after close"
+        with named_disk_errors(self._path):
+            self._volume.change(self._file, Write(len(self._file.content), bytes(data)))
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        assert not self._closed, "synced after close"
+        with named_disk_errors(self._path):
+            self._volume.sync(self._file)
+
+    def close(self) -> None:
+        """Close; twice is no error."""
+        self._closed = True
+
+    def __enter__(self) -> SimulatedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

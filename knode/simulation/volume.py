@@ -1,0 +1,198 @@
+"""What a simulated disk holds: files with their synced and unsynced bytes, names, faults."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from knode.world import Randomness
+
+
+class Write(NamedTuple):
+    """Bytes put at an offset."""
+
+    offset: int
+    data: bytes
+
+
+class Truncate(NamedTuple):
+    """A file cut, or filled with zeros, to a size."""
+
+    size: int
+
+
+Change = Write | Truncate
+Event = Literal["write", "truncate", "sync", "delete"]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that was on a disk at one moment, as programs saw it."""
+
+    files: Mapping[str, bytes]
+    folders: frozenset[str]
+
+
+class File:
+    """A file as programs see it, and what of it outlives a power cut.
+
+    What was synced stays. Of the changes since then each may be kept, lost or torn. A file whose first
+    sync has not come may be missing altogether.
+    """
+
+    def __init__(self, synced: bytes | None = None) -> None:
+        self.content = bytearray(synced or b"")
+        self.locks: dict[int, int] = {}
+        self._synced = None if synced is None else bytearray(synced)
+        self._unsynced: list[Change] = []
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it was never synced."""
+        return self._synced is None
+
+    def change(self, change: Change) -> None:
+        """Do it, unsynced."""
+        _apply(self.content, change)
+        self._unsynced.append(change)
+
+    def sync(self) -> None:
+        """Make every change durable."""
+        if self._synced is None:
+            self._synced = bytearray()
+        for change in self._unsynced:
+            _apply(self._synced, change)
+        self._unsynced.clear()
+
+    def after_crash(self, randomness: Randomness) -> File | None:
+        """Return the file as it may be found after a power cut; None when it is not there."""
+        if self._synced is None and _chance(randomness):
+            return None
+        content = bytearray(self._synced or b"")
+        for change in _survivors(self._unsynced, randomness):
+            _apply(content, change)
+        return File(bytes(content))
+
+
+class Volume:
+    """Files and folders by name, a capacity, and whether it can be written.
+
+    Folders, and what `SimulatedDisk` replaces or removes, are durable at once. What SQLite removes
+    without a sync of the folder may be back after a crash.
+    """
+
+    def __init__(self, files: Mapping[str, File], folders: frozenset[str]) -> None:
+        self.files = dict(files)
+        self.folders = set(folders) | {"/"}
+        self.capacity_bytes: int | None = None
+        self.read_only = False
+        self.before: Callable[[Event], None] = lambda event: None
+        self._removed: dict[str, File] = {}
+
+    def used_bytes(self) -> int:
+        """Return how many bytes the files hold."""
+        return sum(len(file.content) for file in self.files.values())
+
+    def open(self, name: str) -> File:
+        """Return the file, making it unless it is there."""
+        file = self.files.get(name)
+        if file is None:
+            self.must_be_writable(name)
+            if os.path.dirname(name) not in self.folders:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+            self._removed.pop(name, None)
+            file = self.files[name] = File()
+        return file
+
+    def change(self, file: File, change: Change) -> None:
+        """Change a file, when there is room and the disk can be written."""
+        self.before("write" if isinstance(change, Write) else "truncate")
+        self.must_be_writable()
+        end = change.offset + len(change.data) if isinstance(change, Write) else change.size
+        self.must_have_room(end - len(file.content))
+        file.change(change)
+
+    def sync(self, file: File) -> None:
+        """Make the file's changes durable; a new file's first sync is one of the folders, too."""
+        self.before("sync")
+        self.must_be_writable()
+        if file.is_new:
+            self._removed.clear()
+        file.sync()
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Put a whole, durable file in the place of `name`."""
+        self.before("write")
+        if os.path.dirname(name) not in self.folders:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        self.must_be_writable(name)
+        # As on a real disk, old and new are both there for a moment.
+        self.must_have_room(len(data))
+        self.files[name] = File(data)
+        self.before("sync")
+
+    def delete(self, name: str, *, durable: bool) -> None:
+        """Remove a file."""
+        self.before("delete")
+        self.must_be_writable(name)
+        file = self.files.pop(name)
+        if not durable:
+            self._removed[name] = file
+
+    def must_be_writable(self, name: str = "the disk") -> None:
+        """Raise OSError EROFS on a disk that cannot be written."""
+        if self.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)
+
+    def must_have_room(self, more_bytes: int) -> None:
+        """Raise OSError ENOSPC when `more_bytes` do not fit."""
+        if self.capacity_bytes is not None and more_bytes > 0:  # noqa: SIM102
+            if self.used_bytes() + more_bytes > self.capacity_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def after_crash(self, randomness: Randomness) -> Volume:
+        """Return the volume as it may be found after a power cut; this one is unchanged."""
+        back = {name: file for name, file in self._removed.items() if _chance(randomness)}
+        found = {name: file.after_crash(randomness) for name, file in (back | self.files).items()}
+        volume = Volume(
+            {name: file for name, file in found.items() if file is not None}, frozenset(self.folders)
+        )
+        volume.capacity_bytes = self.capacity_bytes
+        volume.read_only = self.read_only
+        return volume
+
+
+def _apply(content: bytearray, change: Change) -> None:
+    match change:
+        case Write(offset, data):
+            if offset > len(content):
+                content.extend(bytes(offset - len(content)))
+            content[offset : offset + len(data)] = data
+        case Truncate(size):
+            del content[size:]
+            content.extend(bytes(size - len(content)))
+
+
+def _chance(randomness: Randomness) -> bool:
+    return randomness.uniform(0.0, 1.0) < 0.5
+
+
+def _survivors(changes: list[Change], randomness: Randomness) -> list[Change]:
+    """Choose what of `changes` reached the platter: the first few, or any of them; one may be torn."""
+    if _chance(randomness):
+        cut = int(randomness.uniform(0.0, len(changes) + 1.0))
+        kept = changes[:cut]
+        return kept + [_torn(change, randomness) for change in changes[cut : cut + 1]]
+    kept = [change for change in changes if _chance(randomness)]
+    return [_torn(change, randomness) if randomness.uniform(0.0, 1.0) < 0.2 else change for change in kept]
+
+
+def _torn(change: Change, randomness: Randomness) -> Change:
+    match change:
+        case Write(offset, data):
+            return Write(offset, data[: int(randomness.uniform(0.0, len(data)))])
+        case Truncate():
+            return change
