@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from knode.control.client import Client
+from knode.errors import Code, KnodeError
+from knode.home.layout import Home
+from knode.testnet import Testnet
+from knode.testnet.processes import daemons_of
+
+WAIT_S = 60.0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Ask again and again for a minute; a test waits for the event, however slow the machine is."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it has not happened within a minute"
+        time.sleep(0.05)
+
+
+def states_seen_by(net: Testnet, which: str) -> dict[str, str]:
+    with Client.connect(Home(net.node(which).home)) as client:
+        return {member["name"]: member["state"] for member in client.call("status")["members"]}
+
+
+def knode(*words: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "knode", *words]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testnet]:
+    made = Testnet.up(tmp_path_factory.mktemp("net"), nodes=3)
+    yield made
+    made.down()
+
+
+def test_every_node_sees_every_other_alive_when_up_returns(net: Testnet) -> None:
+    for node in net.nodes:
+        assert states_seen_by(net, node.name) == dict.fromkeys(("node1", "node2", "node3"), "alive")
+
+
+def test_status_names_every_node_with_its_process(net: Testnet) -> None:
+    run = knode("testnet", "status", "--dir", str(net.folder), "--json")
+    rows = json.loads(run.stdout)["nodes"]
+    assert [row["name"] for row in rows] == ["node1", "node2", "node3"]
+    for row, node in zip(rows, net.nodes, strict=True):
+        assert set(row) == {"name", "home", "pid", "node_id", "state"}
+        assert (row["state"], row["home"], row["node_id"]) == ("running", str(node.home), node.node_id)
+        assert daemons_of([node.home]) == {row["pid"]: node.home}
+
+
+def test_a_killed_node_is_noticed_and_comes_back_as_itself(net: Testnet) -> None:
+    pid = net.kill("node3")
+    assert net.status()["nodes"][2]["state"] == "stopped"
+    until(lambda: states_seen_by(net, "node1")["node3"] == "failed")
+    with pytest.raises(KnodeError) as caught:
+        net.kill("3")
+    assert caught.value.code is Code.NOT_RUNNING
+    net.restart("3")
+    until(lambda: set(states_seen_by(net, "node1").values()) == {"alive"})
+    row = net.status()["nodes"][2]
+    assert row["state"] == "running"
+    assert row["pid"] != pid
+    with Client.connect(Home(net.node("node3").home)) as client:
+        assert client.call("status")["node_id"] == net.node("node3").node_id
+
+
+def test_a_task_runs_on_another_node(net: Testnet, tmp_path: Path) -> None:
+    file = tmp_path / "words.txt"
+    file.write_text("one two three\n")
+    run = knode(
+        *("task", "submit", "kExecutor:text", "--input", '{"op":"count"}', "--artifact", str(file)),
+        *("--on", "node2", "--direct", "--wait", "--json", "--home", str(net.node("node1").home)),
+    )
+    assert run.returncode == 0, run.stderr
+    task = json.loads(run.stdout)
+    assert (task["state"], task["node"]) == ("succeeded", net.node("node2").node_id)
+
+
+def test_the_folder_of_a_testnet_is_found_again_and_not_taken_twice(net: Testnet) -> None:
+    assert Testnet.open(net.folder) == net
+    with pytest.raises(KnodeError) as caught:
+        Testnet.up(net.folder, nodes=1)
+    assert caught.value.code is Code.HOME_EXISTS
+    assert {row["state"] for row in net.status()["nodes"]} == {"running"}
+
+
+def test_a_join_that_fails_leaves_nothing(net: Testnet, tmp_path: Path) -> None:
+    home = Home(tmp_path / "late")
+    inviter = str(net.node("node1").home)
+    ticket = json.loads(knode("invite", "--json", "--home", inviter).stdout)["ticket"]
+    line = ("join", ticket, "--name", "late", "--port", "0", "--host", "127.0.0.1", "--json")
+    joined = knode(*line, "--home", str(home.path))
+    assert joined.returncode == 0, joined.stderr
+    assert len(json.loads(joined.stdout)["words"]) == 4
+    assert knode("member", "revoke", "late", "--json", "--home", inviter).returncode == 0
+    assert knode("down", "--home", str(home.path)).returncode == 0
+    again = Home(tmp_path / "again")
+    refused = knode(*line, "--home", str(again.path))
+    assert (refused.returncode, json.loads(refused.stdout)["error"]["code"]) == (4, "TICKET_USED")
+    assert not again.path.exists()
+    assert daemons_of([again.path]) == {}
+
+
+def test_down_leaves_nothing_running_and_nothing_on_the_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "net"
+    made = Testnet.up(folder, nodes=1)
+    homes = [node.home for node in made.nodes]
+    assert daemons_of(homes) != {}
+    run = knode("testnet", "down", "--dir", str(folder), "--json")
+    assert (run.returncode, json.loads(run.stdout)) == (0, {"removed": ["node1"]})
+    assert daemons_of(homes) == {}
+    assert list(folder.iterdir()) == []
+
+
+def test_ctrl_c_while_it_comes_up_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "net"
+    line = [sys.executable, "-m", "knode", "testnet", "up", "--nodes", "3", "--dir", str(folder)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        rest: list[str] = []
+        seen = threading.Event()
+
+        def read() -> None:
+            assert process.stderr is not None
+            for text in process.stderr:
+                rest.append(text)
+                if "joined" in text:
+                    seen.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert seen.wait(WAIT_S), rest
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WAIT_S) == 130
+        reader.join(WAIT_S)
+    assert not folder.exists()
+    assert daemons_of([folder / f"node{number}" for number in (1, 2, 3)]) == {}
+
+
+def test_a_node_that_cannot_start_takes_the_whole_testnet_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KNODE_LOG_LEVEL", "shouting")
+    with pytest.raises(KnodeError) as caught:
+        Testnet.up(tmp_path / "net", nodes=2)
+    assert caught.value.code is Code.CONFIG_INVALID
+    assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize("nodes", [0, 33])
+def test_the_number_of_nodes_has_bounds(tmp_path: Path, nodes: int) -> None:
+    with pytest.raises(KnodeError) as caught:
+        Testnet.up(tmp_path / "net", nodes=nodes)
+    assert caught.value.code is Code.INVALID_ARGUMENT
+    assert not (tmp_path / "net").exists()
+
+
+def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    run = knode("testnet", "up", "--nodes", "1", "--dir", str(tmp_path), "--json")
+    assert (run.returncode, json.loads(run.stdout)["error"]["code"]) == (1, "HOME_EXISTS")
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_where_no_testnet_is_it_is_not_found(tmp_path: Path) -> None:
+    run = knode("testnet", "status", "--dir", str(tmp_path), "--json")
+    assert (run.returncode, json.loads(run.stdout)["error"]["code"]) == (5, "NOT_FOUND")
+
+
+def test_a_node_that_is_not_there_is_not_found(net: Testnet) -> None:
+    with pytest.raises(KnodeError) as caught:
+        net.node("7")
+    assert caught.value.code is Code.NOT_FOUND
