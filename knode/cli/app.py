@@ -10,7 +10,6 @@ from knode.cli.commands import agents, config, logs, mesh, node, simulate, tasks
 
 app = typer.Typer(
     help="The machines that you own, as one private mesh of AI agents.",
-    no_args_is_help=True,
     add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

@@ -15,7 +15,9 @@ from typing import Any
 
 from knode.control.client import Client, command_for
 from knode.errors import Code, KnodeError
+from knode.home.folder import open_home
 from knode.home.layout import Home
+from knode.world.real import real_world
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
@@ -44,12 +46,13 @@ def start_detached(home: Home, flags: Mapping[str, str]) -> int:
         flags: configuration values as text by their full key.
 
     Raises:
-        KnodeError: the daemon's own error when it ends instead; INTERNAL with its last lines when it
-            gave none; TIMEOUT when it does not answer within 30 seconds (it is stopped then).
+        KnodeError: HOME_MISSING, HOME_DAMAGED or HOME_TOO_NEW before anything is started; the daemon's
+            own error when it ends instead of answering, INTERNAL with its last lines when it gave none;
+            TIMEOUT when it does not answer within 30 seconds (it is stopped then).
 
     An interruption stops what was started.
     """
-    home.log.mkdir(mode=0o700, parents=True, exist_ok=True)
+    open_home(real_world(), home)
     said = home.log / "start-up.txt"
     options = [word for key, text in flags.items() for word in (f"--{key.removeprefix('node.')}", text)]
     with said.open("wb") as output:

@@ -41,6 +41,8 @@ def _run(words: list[str]) -> int:
     try:
         options, words = hoist(words)
         as_json = options.json
+        if not words and not as_json:
+            words = ["--help"]
         return _invoke(Session(options), words)
     except KnodeError as error:
         return report(error, as_json=as_json)
@@ -69,7 +71,7 @@ def _invoke(session: object, words: list[str]) -> int:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "knode"
-        message = error.format_message().rstrip(".") or "a command is missing"
+        message = error.format_message().rstrip(".")
         raise KnodeError(Code.INVALID_ARGUMENT, message, f"{path} --help") from error
     except typer.Abort as error:
         raise KeyboardInterrupt from error

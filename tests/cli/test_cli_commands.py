@@ -36,11 +36,25 @@ def test_wrong_usage_is_exit_2_and_names_the_help_to_read(knode: Any) -> None:
     assert run.err.splitlines()[1] == "next: knode task submit --help"
 
 
-@pytest.mark.parametrize("words", [["nothing"], ["task", "submit"], ["up", "--port", "70000"]])
+@pytest.mark.parametrize("words", [[], ["peer"], ["nothing"], ["task", "submit"], ["up", "--port", "70000"]])
 def test_wrong_usage_is_one_json_document_with_json(knode: Any, words: list[str]) -> None:
     run = knode(*words, "--json")
     assert (run.code, run.err) == (2, "")
     assert json.loads(run.out)["error"]["code"] == "INVALID_ARGUMENT"
+
+
+def test_a_noun_without_a_verb_names_the_help_and_no_words_at_all_show_it(knode: Any) -> None:
+    run = knode("peer")
+    assert (run.code, run.err) == (2, "error: Missing command\nnext: knode peer --help\n")
+    alone = knode()
+    assert alone.code == 0
+    assert "Usage: knode" in alone.out
+
+
+@pytest.mark.parametrize("words", [["up", "--detach"], ["up", "--detach", "--json"]])
+def test_up_makes_no_home(knode: Any, home: Home, words: list[str]) -> None:
+    assert knode(*words).code == 5
+    assert not home.path.exists()
 
 
 @pytest.mark.parametrize(

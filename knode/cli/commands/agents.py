@@ -13,7 +13,7 @@ from knode.errors import Code, KnodeError
 
 Agent = Annotated[str, typer.Argument(help="An agent, as in kExecutor:text.")]
 
-agent = typer.Typer(help="The agents of the mesh, and those installed here.", no_args_is_help=True)
+agent = typer.Typer(help="The agents of the mesh, and those installed here.")
 
 
 @agent.command("list")

@@ -17,7 +17,7 @@ from knode.errors import Code, KnodeError
 
 Key = Annotated[str, typer.Argument(help="A key, as in node.port.")]
 
-config = typer.Typer(help="The node's configuration.", no_args_is_help=True)
+config = typer.Typer(help="The node's configuration.")
 
 
 @config.command("list")

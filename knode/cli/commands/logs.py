@@ -10,7 +10,7 @@ import typer
 from knode.cli import render
 from knode.cli.session import session_of
 
-logs = typer.Typer(help="What the daemon writes down.", no_args_is_help=True)
+logs = typer.Typer(help="What the daemon writes down.")
 
 
 @logs.command("tail")

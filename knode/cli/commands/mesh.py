@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Node = Annotated[str, typer.Argument(help="A node's name, its id, or the beginning of its id.")]
 Role = Annotated[str, typer.Option(help="admin, worker, voter or observer.")]
 
-peer = typer.Typer(help="The nodes that this one talks to.", no_args_is_help=True)
-member = typer.Typer(help="The members of the cell and their roles.", no_args_is_help=True)
+peer = typer.Typer(help="The nodes that this one talks to.")
+member = typer.Typer(help="The members of the cell and their roles.")
 
 
 def invite(

@@ -42,7 +42,7 @@ def up(
     elif detach:
         _show_running(session, start_detached(session.home, flags), started=True)
     else:
-        from knode.node import run_daemon
+        from knode.control.daemon import run_daemon
 
         raise typer.Exit(run_daemon(session.home, flags=flags, foreground=True))
 

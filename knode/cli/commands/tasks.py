@@ -21,7 +21,7 @@ DEADLINE_S = 60.0
 
 Task = Annotated[str, typer.Argument(help="A task's id, or the beginning of it.")]
 
-task = typer.Typer(help="Ask an agent of the mesh to do something.", no_args_is_help=True)
+task = typer.Typer(help="Ask an agent of the mesh to do something.")
 
 
 @task.command("submit")

@@ -14,7 +14,7 @@ from knode.cli.session import session_of
 Folder = Annotated[Path, typer.Option("--dir", metavar="D", help="The testnet's folder.")]
 Node = Annotated[str, typer.Argument(metavar="N", help="A node's number or name: 2 or node2.")]
 
-testnet = typer.Typer(help="Several real nodes on this machine, for trying things.", no_args_is_help=True)
+testnet = typer.Typer(help="Several real nodes on this machine, for trying things.")
 
 
 @testnet.command("up")
