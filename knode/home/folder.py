@@ -48,15 +48,19 @@ def prepare_home(world: World, home: Home) -> None:
         raise KnodeError(
             Code.HOME_EXISTS, f"{home.path} already holds a node", "choose another folder with --home"
         )
-    # Deployments may put the configuration there first.
-    names = set(disk.list_folder(home.path)) - {home.config.name}
+    # Deployments may put the configuration there first; a temporary file is a mark that was being written.
+    names = [
+        name
+        for name in disk.list_folder(home.path)
+        if name != home.config.name and not name.startswith(f".{home.unfinished_file.name}.")
+    ]
     if disk.exists(home.unfinished_file):
         for folder in (home.identity, home.state, home.log, home.run):
             disk.remove(folder)
     elif names:
         raise KnodeError(
             Code.HOME_EXISTS,
-            f"{home.path} holds other files ({', '.join(sorted(names)[:3])}) and no node",
+            f"{home.path} holds other files ({', '.join(names[:3])}) and no node",
             "choose an empty or new folder with --home",
         )
     disk.make_folder(home.path)

@@ -117,13 +117,24 @@ def to_line(event: Event) -> str:
 
 
 def to_text(event: Event) -> str:
-    """Return an event as a line for people: time of day, level, event, and the rest as key=value."""
+    """Return an event as a line for people: time of day, level, event, and the rest as key=value.
+
+    Characters that a terminal would act on are escaped: values may come from other nodes.
+    """
     shown: Any = redact(event)
     rest = " ".join(
         f"{key}={value}" for key, value in shown.items() if key not in ("time", "level", "event", "exception")
     )
-    line = f"{shown['time'][11:19]} {shown['level']:<7} {shown['event']}  {rest}".rstrip()
-    return f"{line}\n{shown['exception']}" if "exception" in shown else line
+    line = _printable(f"{shown['time'][11:19]} {shown['level']:<7} {shown['event']}  {rest}".rstrip())
+    trace = str(shown.get("exception", "")).splitlines()
+    return "\n".join([line, *map(_printable, trace)])
+
+
+def _printable(text: str) -> str:
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def _logger(clock: Clock, level: str, write: Callable[[Event], None]) -> FilteringBoundLogger:

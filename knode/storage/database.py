@@ -91,7 +91,8 @@ class Database:
         """Run `work`, which sees one state of the database and must not change it; return its result.
 
         Raises:
-            KnodeError: HOME_DAMAGED; DISK_READ_ONLY when `work` tries to write.
+            KnodeError: HOME_DAMAGED.
+            RuntimeError: `work` tried to write; nothing was written.
             trio.ClosedResourceError: the database is closed.
         """
         return await self._run(_look, work)
@@ -136,6 +137,8 @@ def _look(connection: apsw.Connection, work: Callable[[apsw.Connection], T]) -> 
     connection.execute("PRAGMA query_only = ON")
     try:
         return work(connection)
+    except apsw.ReadOnlyError as error:
+        raise RuntimeError("a read tried to write") from error
     finally:
         connection.execute("PRAGMA query_only = OFF")
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from knode.errors import Code, KnodeError
 from knode.home.folder import FORMAT, complete_home, create_home, open_home, prepare_home
 from knode.home.layout import SOCKET_PATH_BYTES, Home, locate_home
-from knode.world.real import real_world
+from knode.simulation.disk import SimulatedDisk
+from knode.world.real import RealDisk, real_world
 
 
 def home_at(path: Path) -> Home:
@@ -141,3 +144,72 @@ def test_a_socket_path_that_is_too_long_moves_to_a_short_stable_one(tmp_path: Pa
         socket = Home(long, folder).socket
         assert len(str(socket).encode()) <= SOCKET_PATH_BYTES
         assert str(socket).startswith("/tmp/knode-")
+
+
+class PowerCut(Exception):
+    pass
+
+
+class FailingDisk(RealDisk):
+    """A real disk on which the process dies before change number `left`."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise PowerCut
+
+    def write(self, path: Path, data: bytes, *, mode: int = 0o600) -> None:
+        self._count()
+        super().write(path, data, mode=mode)
+
+    def make_folder(self, path: Path, *, mode: int = 0o700) -> None:
+        self._count()
+        super().make_folder(path, mode=mode)
+
+    def remove(self, path: Path) -> None:
+        self._count()
+        super().remove(path)
+
+
+@pytest.mark.parametrize("again", [0, 1, 3])
+def test_a_home_whose_making_was_cut_anywhere_is_whole_or_made_anew(tmp_path: Path, again: int) -> None:
+    world = real_world()
+    for cut in range(100):
+        home = home_at(tmp_path / str(cut))
+        for left in [cut, *[again] * (again > 0)]:
+            with contextlib.suppress(PowerCut, KnodeError):
+                create_home(replace(world, disk=FailingDisk(left)), home, name="attic")
+        try:
+            content = open_home(world, home)
+        except KnodeError:
+            content = create_home(world, home, name="attic")
+        assert open_home(world, home) == content
+        if not home.unfinished_file.exists() and cut > len(home.folders) + 3:
+            break
+    else:
+        pytest.fail("the making never came to its end")
+
+
+def test_a_mark_that_was_cut_while_it_was_written_is_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / ".unfinished.4711.new").write_text("this ho")
+    assert create_home(real_world(), home_at(tmp_path), name="attic").node == "attic"
+
+
+def test_a_full_disk_leaves_no_home_and_the_next_attempt_makes_it() -> None:
+    disk = SimulatedDisk()
+    world = replace(real_world(), disk=disk)
+    home = home_at(Path("/home/knode"))
+    for room in (0, 80):
+        disk.free(room)
+        with pytest.raises(KnodeError) as error:
+            create_home(world, home, name="attic")
+        assert error.value.code is Code.DISK_FULL
+        with pytest.raises(KnodeError) as error:
+            open_home(world, home)
+        assert error.value.code is Code.HOME_MISSING
+    disk.free()
+    assert create_home(world, home, name="attic") == open_home(world, home)
+    disk.close()

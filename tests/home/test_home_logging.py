@@ -153,6 +153,16 @@ def test_a_log_goes_to_its_private_file_and_to_the_terminal_for_people(world: Wo
     assert home.log_file.stat().st_mode & 0o777 == 0o600
 
 
+def test_what_other_nodes_say_cannot_steer_the_terminal(world: World, home: Home) -> None:
+    terminal = io.StringIO()
+    log = open_log(world, home, LogSettings(), terminal=terminal)
+    log.logger.info("peer says", name="\x1b]0;owned\x07\r\n\u202e", other="schön")
+    log.close()
+    assert terminal.getvalue() == (
+        "22:13:20 info    peer says  name=\\x1b]0;owned\\x07\\r\\n\\u202e other=schön\n"
+    )
+
+
 def test_a_terminal_that_is_gone_does_not_stop_the_node(world: World, home: Home) -> None:
     terminal = io.StringIO()
     terminal.close()

@@ -68,9 +68,8 @@ async def test_an_error_inside_rolls_back_and_reaches_the_caller(tmp_path: Path)
 
 async def test_a_read_cannot_write(tmp_path: Path) -> None:
     database = await Database.open(real_world(), tmp_path / "node.db", [FIRST])
-    with pytest.raises(KnodeError) as error:
+    with pytest.raises(RuntimeError, match="tried to write"):
         await database.read(insert("sly"))
-    assert error.value.code is Code.DISK_READ_ONLY
     await database.write(insert("open"))
     assert await database.read(texts) == ["open"]
     await database.aclose()
