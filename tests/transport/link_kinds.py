@@ -1,0 +1,100 @@
+"""Every kind of link, opened the same way. A new kind is one entry in `KINDS`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from knode.transport import Carrier, Link
+from knode.transport.memory import MemoryLink, MemoryNetwork, MemorySettings
+from knode.transport.websocket import WebSocketCarrier, WebSocketLink
+
+
+class SeededRandomness:
+    """The simulator's kind of randomness."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def token(self, size: int) -> bytes:
+        return self._random.randbytes(size)
+
+    def uniform(self, low: float, high: float) -> float:
+        return self._random.uniform(low, high)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of link under the contract.
+
+    Args:
+        carriers: makes the dialling and the listening carrier.
+        listen_host: where the listening one listens.
+        sever: lets this end die without a word, as a crash does.
+        garble: lets this end say what is no frame; None where nothing but frames can be said.
+    """
+
+    name: str
+    carriers: Callable[[Path], tuple[Carrier, Carrier]]
+    listen_host: str
+    sever: Callable[[Any], None]
+    garble: Callable[[Any], Awaitable[None]] | None
+
+
+def _websocket_carriers(certificate: Path) -> tuple[Carrier, Carrier]:
+    return WebSocketCarrier(Path("only listened with")), WebSocketCarrier(certificate)
+
+
+def _websocket_sever(link: WebSocketLink) -> None:
+    link._stream.close()
+
+
+async def _websocket_garble(link: WebSocketLink) -> None:
+    link._stream.queue(b"\xff" * 1000)
+    await link._stream.flush()
+
+
+def _memory_carriers(_: Path) -> tuple[Carrier, Carrier]:
+    network = MemoryNetwork(SeededRandomness(1), MemorySettings(delay_seconds=(0, 0.0005)))
+    return network.carrier("a"), network.carrier("b")
+
+
+def _memory_sever(link: MemoryLink) -> None:
+    link._network.break_links(link.host)
+
+
+KINDS = [
+    Kind("websocket", _websocket_carriers, "127.0.0.1", _websocket_sever, _websocket_garble),
+    Kind("memory", _memory_carriers, "", _memory_sever, None),
+]
+
+
+Pair = tuple[Link, Link]
+
+
+@asynccontextmanager
+async def open_pair(dialling: Carrier, listening: Carrier, host: str) -> AsyncIterator[Pair]:
+    """Open one link; yields the end that dialled and the end that accepted."""
+    accepted_one, accepted = trio.open_memory_channel[Link](1)
+    over = trio.Event()
+
+    async def accept(link: Link) -> None:
+        await accepted_one.send(link)
+        await over.wait()
+
+    listener = await listening.listen(host, 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listener.serve, accept)
+        dialled = await dialling.dial(listener.addresses[0])
+        try:
+            yield dialled, await accepted.receive()
+        finally:
+            nursery.cancel_scope.cancel()
+            await dialled.aclose()
+            await listener.aclose()
