@@ -149,9 +149,10 @@ class Volume:
 
     def must_have_room(self, more_bytes: int) -> None:
         """Raise OSError ENOSPC when `more_bytes` do not fit."""
-        if self.capacity_bytes is not None and more_bytes > 0:  # noqa: SIM102
-            if self.used_bytes() + more_bytes > self.capacity_bytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.capacity_bytes is None or more_bytes <= 0:
+            return
+        if self.used_bytes() + more_bytes > self.capacity_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def after_crash(self, randomness: Randomness) -> Volume:
         """Return the volume as it may be found after a power cut; this one is unchanged."""
