@@ -101,7 +101,6 @@ class Conversation:
         self.retired_at: float | None = None
         self.incoming: dict[int, IncomingStream] = {}
         self._outgoing: set[int] = set()
-        self._reset_by_peer: set[int] = set()
         self._clock = clock
         self._log = log
         self._admit = admit
@@ -156,27 +155,26 @@ class Conversation:
             KnodeError: UNAVAILABLE when the conversation ended, CANCELLED when the peer wants no more.
         """
         self._outgoing.add(stream)
-        whole = False
         try:
             async for chunk in chunks:
                 rest = memoryview(chunk)
                 while rest:
-                    room = self.session.writable(stream)
+                    room = self.session.writable(stream) if self.open else 0
                     if room > 0:
                         self.session.write(stream, rest[:room])
                         rest = rest[room:]
                         self._wake.set()
                     else:
                         await self._flow.park()
-                    self._check_outgoing(stream)
+                    self._check_open()
             self.session.end(stream)
-            whole = True
-            self._wake.set()
+        except BaseException:
+            if self.open:
+                self.session.reset(stream, Code.CANCELLED)
+            raise
         finally:
             self._outgoing.discard(stream)
-            if not whole and self.open:
-                self.session.reset(stream, Code.CANCELLED)
-                self._wake.set()
+            self._wake.set()
 
     def retire(self) -> None:
         """Take no part in new requests; close once no stream runs."""
@@ -193,7 +191,7 @@ class Conversation:
         if self.open:
             self.send(Goodbye(code, message))
             with trio.move_on_after(GOOD_BYE_S):
-                while self.open and self.session.has_output:
+                while self.session.has_output and not self.ended.is_set():
                     await self._flow.park()
         self.close(message)
 
@@ -251,8 +249,6 @@ class Conversation:
                 incoming = self.incoming.pop(stream, None)
                 if incoming is not None:
                     incoming.fail(KnodeError(Code.CANCELLED, f"the sender gave up ({code})"))
-                elif stream in self._outgoing:
-                    self._reset_by_peer.add(stream)
             case Keepalive():
                 now = self._clock.monotonic()
                 self._heard_ping = (item.sent_us, now)
@@ -302,12 +298,9 @@ class Conversation:
             if self.session.has_output:
                 self._wake.set()
 
-    def _check_outgoing(self, stream: int) -> None:
+    def _check_open(self) -> None:
         if not self.open:
             raise KnodeError(Code.UNAVAILABLE, f"the link was lost ({self.end_reason})", "try again")
-        if stream in self._reset_by_peer:
-            self._reset_by_peer.discard(stream)
-            raise KnodeError(Code.CANCELLED, "the receiver wants no more of this stream")
 
 
 async def _send_refusal(link: Link, error: KnodeError) -> None:

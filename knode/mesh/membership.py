@@ -78,6 +78,7 @@ class Membership:
         self._roster: Roster | None = None
         self._invitations: dict[bytes, Invitation] = {}
         self._change = trio.Lock()
+        self._next_change = trio.Event()
 
     async def load(self) -> None:
         """Read what is on disk; statements are verified again, as anything that arrives."""
@@ -270,6 +271,10 @@ class Membership:
             self._become(resolve(roster.cell_id, [*roster.statements.values(), statement]), [statement])
         return self.roster.admit(joiner.raw)
 
+    def next_change(self) -> trio.Event:
+        """Return an event that is set with the next change of the roster."""
+        return self._next_change
+
     def words(self) -> dict[bytes, tuple[str, ...]]:
         """Return the four words of each join that this node granted, by the member's raw key."""
         return {i.used_by: i.words for i in self._invitations.values() if i.used_by is not None}
@@ -353,6 +358,8 @@ class Membership:
         self._roster = roster
         for tell in self.changed:
             tell(new)
+        self._next_change.set()
+        self._next_change = trio.Event()
 
 
 def _insert(connection: apsw.Connection, statements: Iterable[SignedStatement]) -> None:

@@ -35,7 +35,7 @@ MAX_KEPT = 1024
 Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 StatementId = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")]
-Milliseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 class Role(StrEnum):

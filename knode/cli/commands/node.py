@@ -18,10 +18,12 @@ def init(
     name: Annotated[str | None, typer.Option(help="The node's name; the machine's unless given.")] = None,
 ) -> None:
     """Make this machine's node, and a new cell with it."""
+    from knode.control.client import command_for
     from knode.node import initialise
 
     session = session_of(context)
     session.show(initialise(session.home, name=name, flags={}), render.initialised)
+    session.note(f"next: {command_for(session.home, 'up', '--detach')}")
 
 
 def up(

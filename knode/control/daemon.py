@@ -1,0 +1,109 @@
+"""The daemon: one process that runs a home's node and answers on its socket, until told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+import trio
+
+from knode import __version__
+from knode.agents.sandbox.choice import SANDBOXES, Choice, choose_sandbox
+from knode.control.methods import ControlMethods
+from knode.control.protocol import PROTOCOL
+from knode.control.server import serve
+from knode.errors import EXIT_OK, KnodeError
+from knode.home.configuration import Configuration, load_configuration
+from knode.home.folder import open_home
+from knode.home.layout import Home
+from knode.home.lock import hold_home, make_socket_folder
+from knode.home.logging import OpenLog, open_log
+from knode.node.node import Machine, Node
+from knode.transport.certificate import make_certificate
+from knode.transport.websocket import WebSocketCarrier
+from knode.world import World
+from knode.world.real import real_world
+
+
+def run_daemon(home: Home, *, flags: Mapping[str, str], foreground: bool) -> int:
+    """Run the node of `home` until SIGTERM, SIGINT or the `stop` method; return the exit code.
+
+    Raises:
+        KnodeError: HOME_MISSING, HOME_TOO_NEW, HOME_DAMAGED, CONFIG_INVALID, LOCKED, PORT_IN_USE,
+            DISK_FULL, DISK_READ_ONLY: then nothing runs and nothing was half-written.
+    """
+    world = real_world()
+    open_home(world, home)
+    configuration = load_configuration(world, home, os.environ, flags)
+    with hold_home(home):
+        make_socket_folder(home)
+        if not world.disk.exists(home.certificate):
+            world.disk.write(home.certificate, make_certificate(world.clock.wall()))
+        log = open_log(world, home, configuration.values.log, terminal=sys.stderr if foreground else None)
+        try:
+            trio.run(_serve, world, home, configuration, log, strict_exception_groups=True)
+        except BaseExceptionGroup as group:
+            raise _first_named(group) from group
+        finally:
+            log.close()
+    return EXIT_OK
+
+
+async def _serve(world: World, home: Home, configuration: Configuration, log: OpenLog) -> None:
+    settings = configuration.values
+    choice = await _sandbox(world, home, settings.sandbox.prefer)
+    machine = Machine(os.cpu_count() or 1, _busy_percent, choice.sandbox, choice.problems)
+    carriers = {"websocket": WebSocketCarrier(home.certificate)}
+    node = await Node.open(world, home, settings, carriers, machine, log.logger)
+    stop = trio.Event()
+    methods = ControlMethods(node, log.lines, stop.set)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_await_signal, stop)
+        await nursery.start(node.run)
+        hello = {"protocol": PROTOCOL, "version": __version__}
+
+        async def answer(*, task_status: trio.TaskStatus[None]) -> None:
+            await serve(
+                home.socket,
+                methods.table(),
+                hello=hello,
+                on_fault=lambda method, error: log.logger.error(
+                    "a command failed", method=method, exc_info=error
+                ),
+                task_status=task_status,
+            )
+
+        await nursery.start(answer)
+        await stop.wait()
+        log.logger.info("node goes down")
+        nursery.cancel_scope.cancel()
+
+
+async def _await_signal(stop: trio.Event) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            stop.set()
+
+
+async def _sandbox(world: World, home: Home, prefer: str) -> Choice:
+    names = {"auto": tuple(SANDBOXES), "none": ()}.get(prefer, (prefer,))
+    if not names:
+        return Choice(None, ("sandbox.prefer is none",))
+    return await choose_sandbox(world, home.run / "sandbox-probe", names)
+
+
+def _busy_percent() -> int:
+    return min(255, round(100 * os.getloadavg()[0] / (os.cpu_count() or 1)))
+
+
+def _first_named(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error of the table that ended the daemon, or the whole group: a fault of its own."""
+    named, rest = group.split(KnodeError)
+    if named is None or rest is not None:
+        return group
+    error: BaseException = named
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

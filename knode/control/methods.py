@@ -1,0 +1,373 @@
+"""What the daemon answers on its socket: each name, its typed parameters, and the node's method for it.
+
+No logic: a method decodes, calls one method of a room, and shapes the answer as docs/cli.md has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import trio
+
+from knode.agents.registry import AgentEntry
+from knode.control.server import Handler, Notify
+from knode.errors import Code, KnodeError
+from knode.home.broadcast import Broadcast
+from knode.mesh.roster import Member, Role
+from knode.mesh.ticket import parse_ticket
+from knode.node.node import Node
+from knode.node.status import member_document, peer_document, status
+from knode.tasks.direct import DEFAULT_DEADLINE_S, Submission
+from knode.tasks.task import Task
+
+T = TypeVar("T")
+LOG_LINES_READ = 1000
+LOG_TAIL_BYTES = 1024 * 1024
+
+
+class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """No parameters."""
+
+
+class OfRole(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A role; worker unless given."""
+
+    role: Role = Role.WORKER
+
+
+class OfTicket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A ticket's text, and how the joining node wants to be called."""
+
+    ticket: str
+    name: str | None = None
+
+
+class OfNode(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member's name, id or start of an id."""
+
+    node: str
+    count: int = 4
+
+
+class OfMemberRole(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member and its new role."""
+
+    node: str
+    role: Role
+
+
+class OfAgent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An agent's id."""
+
+    agent: str
+
+
+class OfPath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A folder of this machine."""
+
+    path: str
+
+
+class OfTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A task's id or start of an id."""
+
+    task: str
+
+
+class OfSubmission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A task to be done."""
+
+    agent: str
+    input: str = ""
+    artifacts: tuple[str, ...] = ()
+    on: str | None = None
+    direct: bool = False
+    deadline_s: float | None = None
+    wait: bool = False
+
+
+class OfLog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many of the last lines, and whether to go on with new ones."""
+
+    lines: int = 20
+    follow: bool = False
+
+
+class ControlMethods:
+    """The methods of one daemon."""
+
+    def __init__(self, node: Node, lines: Broadcast, stop: Callable[[], None]) -> None:
+        self._node = node
+        self._lines = lines
+        self._stop = stop
+
+    def table(self) -> Mapping[str, Handler]:
+        """Return every method by its name."""
+        return {
+            "status": _typed(Nothing, self._status),
+            "stop": _typed(Nothing, self._stop_daemon),
+            "invite": _typed(OfRole, self._invite),
+            "invite.wait": _typed(OfTicket, self._await_invited),
+            "join": _typed(OfTicket, self._join),
+            "peer.list": _typed(Nothing, self._list_peers),
+            "peer.show": _typed(OfNode, self._show_peer),
+            "peer.ping": _typed(OfNode, self._ping_peer),
+            "member.list": _typed(Nothing, self._list_members),
+            "member.role": _typed(OfMemberRole, self._change_role),
+            "member.revoke": _typed(OfNode, self._revoke),
+            "agent.list": _typed(Nothing, self._list_agents),
+            "agent.show": _typed(OfAgent, self._show_agent),
+            "agent.install": _typed(OfPath, self._install_agent),
+            "agent.start": _typed(OfAgent, self._start_agent),
+            "agent.stop": _typed(OfAgent, self._stop_agent),
+            "task.submit": _typed(OfSubmission, self._submit),
+            "task.list": _typed(Nothing, self._list_tasks),
+            "task.show": _typed(OfTask, self._show_task),
+            "task.watch": _typed(OfTask, self._watch_task),
+            "task.cancel": _typed(OfTask, self._cancel_task),
+            "logs.tail": _typed(OfLog, self._tail),
+        }
+
+    # The node and its cell.
+
+    async def _status(self, _: Nothing, notify: Notify) -> Any:
+        return status(self._node)
+
+    async def _stop_daemon(self, _: Nothing, notify: Notify) -> Any:
+        self._stop()
+        return {"stopping": True}
+
+    async def _invite(self, of: OfRole, notify: Notify) -> Any:
+        ticket, expires = await self._node.invite(of.role)
+        return {
+            "ticket": ticket.text(),
+            "role": of.role,
+            "expires_at": _iso(expires),
+            "addresses": list(ticket.addresses),
+        }
+
+    async def _await_invited(self, of: OfTicket, notify: Notify) -> Any:
+        public_key = parse_ticket(of.ticket).key.public.raw
+        membership = self._node.membership
+        while True:
+            changed = membership.next_change()
+            invitation = membership.invitation(public_key)
+            if invitation.used_by is not None:
+                member = membership.roster.admit(invitation.used_by)
+                return {"id": member.node_id, "name": member.name, "words": list(invitation.words)}
+            left_s = (invitation.expires - self._node.world.clock.wall()) / 1000
+            if left_s <= 0:
+                raise KnodeError(
+                    Code.TICKET_EXPIRED, "nobody joined in time", "make a new one: 'knode invite'"
+                )
+            with trio.move_on_after(left_s):
+                await changed.wait()
+
+    async def _join(self, of: OfTicket, notify: Notify) -> Any:
+        welcome = await self._node.join(parse_ticket(of.ticket), of.name)
+        roster = self._node.membership.roster
+        return {
+            "node_id": welcome.member.node_id,
+            "name": welcome.member.name,
+            "cell_id": roster.cell_id.hex(),
+            "role": welcome.member.role,
+            "words": list(welcome.words),
+            "members": await self._list_members(Nothing(), notify),
+        }
+
+    async def _list_peers(self, _: Nothing, notify: Notify) -> Any:
+        return [peer_document(self._node, m) for m in self._others()]
+
+    async def _show_peer(self, of: OfNode, notify: Notify) -> Any:
+        return peer_document(self._node, self._other(of.node))
+
+    async def _ping_peer(self, of: OfNode, notify: Notify) -> Any:
+        member = self._other(of.node)
+        if not 1 <= of.count <= 100:
+            raise KnodeError(Code.INVALID_ARGUMENT, "a peer is pinged 1 to 100 times")
+        peer = self._node.peers.peer(member.key)
+        times: list[float] = []
+        for number in range(of.count):
+            rtt_s = await self._node.pinging.ping(peer)
+            notify({"number": number + 1, "rtt_ms": None if rtt_s is None else round(rtt_s * 1000, 3)})
+            if rtt_s is not None:
+                times.append(round(rtt_s * 1000, 3))
+        document = peer_document(self._node, member)
+        picked = {key: document[key] for key in ("id", "name", "link", "address")}
+        return picked | {"rtt_ms": times, "lost": of.count - len(times)}
+
+    async def _list_members(self, _: Nothing, notify: Notify) -> Any:
+        membership = self._node.membership
+        words = membership.words()
+        return [
+            {
+                "id": m.node_id,
+                "name": m.name,
+                "role": m.role,
+                "state": member_document(self._node, m)["state"],
+                "joined_at": _iso(m.joined),
+                "words": list(words[m.key.raw]) if m.key.raw in words else None,
+            }
+            for m in membership.roster.members.values()
+        ]
+
+    async def _change_role(self, of: OfMemberRole, notify: Notify) -> Any:
+        member = await self._node.membership.set_role(self._member(of.node), of.role)
+        return {"id": member.node_id, "name": member.name, "role": member.role}
+
+    async def _revoke(self, of: OfNode, notify: Notify) -> Any:
+        member = self._member(of.node)
+        await self._node.membership.revoke(member)
+        return {"id": member.node_id, "name": member.name, "revoked": True}
+
+    # Agents.
+
+    async def _list_agents(self, _: Nothing, notify: Notify) -> Any:
+        return [self._agent(entry) for entry in self._node.registry.list()]
+
+    async def _show_agent(self, of: OfAgent, notify: Notify) -> Any:
+        entry = self._node.registry.show(of.agent)
+        manifest = msgspec.to_builtins(entry.manifest)
+        return self._agent(entry) | {"capabilities": manifest["capabilities"], "limits": manifest["limits"]}
+
+    async def _install_agent(self, of: OfPath, notify: Notify) -> Any:
+        registry, path = self._node.registry, Path(of.path)
+        manifest = await self._node.world.blocking.run(lambda: registry.install(path))
+        self._node.tasks.offer()
+        self._node.log.info("agent installed", agent=manifest.id, version=manifest.version)
+        return self._agent(registry.show(manifest.id))
+
+    async def _start_agent(self, of: OfAgent, notify: Notify) -> Any:
+        self._node.registry.start(of.agent)
+        self._node.tasks.offer()
+        return self._agent(self._node.registry.show(of.agent))
+
+    async def _stop_agent(self, of: OfAgent, notify: Notify) -> Any:
+        self._node.registry.stop(of.agent)
+        self._node.tasks.offer()
+        return self._agent(self._node.registry.show(of.agent))
+
+    def _agent(self, entry: AgentEntry) -> dict[str, Any]:
+        nodes: list[str] = []
+        if self._node.membership.in_cell:
+            members = self._node.membership.roster.members.values()
+            nodes = [m.name for m in members if entry.manifest.id in self._node.tasks.offers(m)]
+        return {
+            "id": entry.manifest.id,
+            "version": entry.manifest.version,
+            "runtime": entry.runtime,
+            "state": entry.state,
+            "publisher": entry.publisher.node_id,
+            "description": entry.manifest.description,
+            "problem": entry.problem or None,
+            "nodes": nodes,
+        }
+
+    # Tasks.
+
+    async def _submit(self, of: OfSubmission, notify: Notify) -> Any:
+        if not of.direct:
+            raise KnodeError(
+                Code.UNAVAILABLE,
+                "durable tasks are not in this version yet",
+                "add --direct: the task is done at most once, and only its result is kept",
+            )
+        submission = Submission(
+            agent=of.agent,
+            input=of.input.encode(),
+            artifacts=tuple(Path(path) for path in of.artifacts),
+            on=of.on,
+            deadline_s=DEFAULT_DEADLINE_S if of.deadline_s is None else of.deadline_s,
+        )
+        task = await self._node.tasks.submit(submission)
+        if not of.wait:
+            return task.document()
+        try:
+            return await self._follow(task, notify)
+        except trio.Cancelled:
+            # Whoever waited has gone away, and nobody else would read the result.
+            if not task.state.final:
+                with trio.CancelScope(shield=True):
+                    await self._node.tasks.cancel(task)
+            raise
+
+    async def _list_tasks(self, _: Nothing, notify: Notify) -> Any:
+        return [task.document() for task in self._node.tasks.list()]
+
+    async def _show_task(self, of: OfTask, notify: Notify) -> Any:
+        return self._node.tasks.find(of.task).document()
+
+    async def _watch_task(self, of: OfTask, notify: Notify) -> Any:
+        return await self._follow(self._node.tasks.find(of.task), notify)
+
+    async def _cancel_task(self, of: OfTask, notify: Notify) -> Any:
+        task = self._node.tasks.find(of.task)
+        await self._node.tasks.cancel(task)
+        return task.document()
+
+    async def _follow(self, task: Task, notify: Notify) -> Any:
+        """Pass on each report of a task once, until it has ended."""
+        async for report in task.reports():
+            notify(report)
+        return task.document()
+
+    # The log.
+
+    async def _tail(self, of: OfLog, notify: Notify) -> Any:
+        if not 0 <= of.lines <= LOG_LINES_READ:
+            raise KnodeError(Code.INVALID_ARGUMENT, f"at most {LOG_LINES_READ} lines back are shown")
+        with self._lines.subscribe() as coming:
+            for line in await self._node.world.blocking.run(lambda: self._last_lines(of.lines)):
+                notify({"line": line})
+            if of.follow:
+                async for line in coming:
+                    notify({"line": line})
+        return None
+
+    def _last_lines(self, count: int) -> list[str]:
+        disk, file = self._node.world.disk, self._node.home.log_file
+        if count == 0 or not disk.exists(file):
+            return []
+        size = disk.size(file)
+        data = disk.read_at(file, max(0, size - LOG_TAIL_BYTES), LOG_TAIL_BYTES)
+        return data.decode("utf-8", "replace").splitlines()[-count:]
+
+    # Members by what people call them.
+
+    def _member(self, selector: str) -> Member:
+        return self._node.membership.roster.find(selector)
+
+    def _others(self) -> list[Member]:
+        own = self._node.key.public
+        return [m for m in self._node.membership.roster.members.values() if m.key != own]
+
+    def _other(self, selector: str) -> Member:
+        member = self._member(selector)
+        if member.key == self._node.key.public:
+            raise KnodeError(
+                Code.INVALID_ARGUMENT, f"{member.name} is this node itself", "'knode status' shows it"
+            )
+        return member
+
+
+def _typed(kind: type[T], method: Callable[[T, Notify], Awaitable[Any]]) -> Handler:
+    async def handle(params: dict[str, Any], notify: Notify) -> Any:
+        try:
+            decoded = msgspec.convert(params, kind)
+        except msgspec.ValidationError as error:
+            raise KnodeError(
+                Code.INVALID_ARGUMENT, str(error), "'knode --help' shows what each command takes"
+            ) from error
+        return await method(decoded, notify)
+
+    return handle
+
+
+def _iso(milliseconds: int) -> str:
+    return (
+        datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    )

@@ -1,0 +1,217 @@
+"""One node: which rooms it has, how they are put together, and in which order they start and stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import trio
+
+from knode import __version__
+from knode.agents.registry import Registry
+from knode.agents.runtime import Runner
+from knode.agents.sandbox import Sandbox
+from knode.errors import Code, KnodeError
+from knode.home.configuration import Settings
+from knode.home.layout import Home
+from knode.identity import KeyPair, PublicKey
+from knode.identity.keystore import load_key
+from knode.klp.messages import Load
+from knode.mesh.contact import Contact, SignedContact, sign_contact
+from knode.mesh.gossip import Gossip
+from knode.mesh.joining import Joining, Welcome
+from knode.mesh.membership import SCHEMA as MESH_SCHEMA
+from knode.mesh.membership import Membership
+from knode.mesh.methods import Methods
+from knode.mesh.peers import Peers
+from knode.mesh.pinging import Pinging
+from knode.mesh.roster import Role
+from knode.mesh.ticket import Ticket
+from knode.storage import Database
+from knode.tasks.direct import DirectTasks
+from knode.tasks.worker import Worker
+from knode.transport import Carrier, Listener
+from knode.world import Log, World
+
+MIGRATIONS = (MESH_SCHEMA,)
+CONTACT_EVERY_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the machine can do, as the node tells others."""
+
+    cores: int
+    busy_percent: Callable[[], int]
+    """How busy its processors are, 0 to 255."""
+    sandbox: Sandbox | None
+    sandbox_problems: tuple[str, ...] = ()
+
+
+async def open_database(world: World, home: Home) -> Database:
+    """Open the node's database, bringing it up to date."""
+    return await Database.open(world, home.database, MIGRATIONS)
+
+
+class Node:
+    """A node at work. Make one with `open`, then `run` it."""
+
+    def __init__(
+        self,
+        world: World,
+        home: Home,
+        settings: Settings,
+        database: Database,
+        key: KeyPair,
+        owner_key: KeyPair | None,
+        carriers: Mapping[str, Carrier],
+        machine: Machine,
+        log: Log,
+    ) -> None:
+        self.world = world
+        self.home = home
+        self.settings = settings
+        self.key = key
+        self.machine = machine
+        self.log = log
+        self.started_at = world.clock.monotonic()
+        self.methods = Methods()
+        self.membership = Membership(world, database, key, owner_key)
+        self.peers = Peers(
+            world,
+            key,
+            self.membership,
+            self.methods,
+            carriers,
+            log,
+            keepalive_s=settings.mesh.keepalive_s,
+            dead_after_s=settings.mesh.dead_after_s,
+            load=self._load,
+        )
+        self.gossip = Gossip(world, self.membership, self.peers, self.methods, log)
+        self.joining = Joining(world, self.membership, self.peers, self.gossip, self.methods)
+        self.pinging = Pinging(world, self.methods)
+        self.registry = Registry(world, home.agents, key, self._is_publisher_trusted)
+        self.runner = Runner(world, self.registry, machine.sandbox, home.attempts)
+        self.worker = Worker(
+            world,
+            self.runner,
+            home.attempts,
+            self.methods,
+            log,
+            running=settings.tasks.running or machine.cores,
+            queued=settings.tasks.queued,
+            artifact_bytes=settings.tasks.artifact_bytes,
+        )
+        self.tasks = DirectTasks(
+            world, self.membership, self.peers, self.worker, self.runner, self.registry, log
+        )
+        self._database = database
+        self._listeners: list[Listener] = []
+
+    @classmethod
+    async def open(
+        cls,
+        world: World,
+        home: Home,
+        settings: Settings,
+        carriers: Mapping[str, Carrier],
+        machine: Machine,
+        log: Log,
+    ) -> Node:
+        """Read the node's home; nothing is sent or listened to yet.
+
+        Raises:
+            KnodeError: HOME_DAMAGED, HOME_TOO_NEW, LOCKED, DISK_FULL, DISK_READ_ONLY.
+        """
+        key = load_key(world, home.node_key)
+        owner_key = load_key(world, home.owner_key) if world.disk.exists(home.owner_key) else None
+        database = await open_database(world, home)
+        try:
+            node = cls(world, home, settings, database, key, owner_key, carriers, machine, log)
+            await node.membership.load()
+            await world.blocking.run(node.registry.load)
+        except BaseException:
+            await database.aclose()
+            raise
+        return node
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen, keep the mesh and do tasks until cancelled; then say good-bye and close everything.
+
+        Started once others can dial it. Cancelling takes about a second at most.
+
+        Raises:
+            KnodeError: PORT_IN_USE or INVALID_ARGUMENT, when it cannot listen.
+        """
+        try:
+            node = self.settings.node
+            self._listeners = await self.peers.listen(node.host, node.port)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.peers.run, self._listeners)
+                nursery.start_soon(self.gossip.run)
+                nursery.start_soon(self.worker.run)
+                await nursery.start(self.tasks.run)
+                nursery.start_soon(self._keep_contact)
+                self.log.info("node is up", node=self.key.node_id, addresses=self.addresses)
+                task_status.started()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self.peers.leave()
+        finally:
+            with trio.CancelScope(shield=True):
+                for listener in self._listeners:
+                    await listener.aclose()
+                await self._database.aclose()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where others can dial this node: what was configured, else what it listens on."""
+        advertised = self.settings.node.advertise
+        return advertised or tuple(a for listener in self._listeners for a in listener.addresses)
+
+    async def invite(self, role: Role) -> tuple[Ticket, int]:
+        """Make a ticket; see `Membership.issue_ticket`."""
+        return await self.membership.issue_ticket(role, self.addresses)
+
+    async def join(self, ticket: Ticket, name: str | None) -> Welcome:
+        """Join the cell of a ticket; see `Joining.join`."""
+        welcome = await self.joining.join(ticket, name or self.settings.node.name, self._contact())
+        await self._tell_contact()
+        return welcome
+
+    def _load(self) -> Load:
+        load = self.worker.load
+        return Load(load.running, load.queued, load.capacity, self.machine.busy_percent())
+
+    def _is_publisher_trusted(self, publisher: PublicKey) -> bool:
+        return self.membership.in_cell and publisher.raw in self.membership.roster.members
+
+    def _contact(self) -> SignedContact:
+        body = Contact(self.key.public.raw, self.addresses[:16], __version__, self.world.clock.wall())
+        return sign_contact(self.key, body)
+
+    async def _tell_contact(self) -> None:
+        """Sign and tell this node's addresses, when they are not those that were told last."""
+        if not self.membership.in_cell:
+            return
+        last = self.membership.contacts.get(self.key.public.raw)
+        contact = self._contact()
+        if last is None or (last.body.addresses, last.body.version) != (
+            contact.body.addresses,
+            contact.body.version,
+        ):
+            try:
+                self.gossip.push_contacts(await self.membership.add_contacts([contact]))
+            except KnodeError as error:
+                if error.code not in (Code.DISK_FULL, Code.DISK_READ_ONLY):
+                    raise
+                self.log.warning("addresses not kept", why=str(error))
+
+    async def _keep_contact(self) -> None:
+        """Notice when the machine's addresses change."""
+        while True:
+            await self._tell_contact()
+            await trio.sleep(CONTACT_EVERY_S)

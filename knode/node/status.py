@@ -1,0 +1,109 @@
+"""What a node says of itself and of its cell: the documents that people and programs read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from knode import __version__
+from knode.agents.registry import State as AgentState
+from knode.errors import KnodeError
+from knode.mesh.liveness import PeerState
+from knode.mesh.peer import Peer
+from knode.mesh.roster import Member
+from knode.node.node import Node
+
+
+def status(node: Node) -> dict[str, Any]:
+    """Return the whole picture, with what needs care and the next step for it."""
+    membership = node.membership
+    in_cell = membership.in_cell
+    own = membership.roster.members.get(node.key.public.raw) if in_cell else None
+    return {
+        "node_id": node.key.node_id,
+        "did": node.key.public.did,
+        "name": own.name if own else node.settings.node.name,
+        "cell_id": membership.roster.cell_id.hex() if in_cell else None,
+        "role": own.role if own else None,
+        "leader": None,
+        "members": [member_document(node, m) for m in membership.roster.members.values()] if in_cell else [],
+        "agents": [e.manifest.id for e in node.registry.list() if e.state is AgentState.RUNNING],
+        "tasks": dict(Counter(str(task.state) for task in node.tasks.list())),
+        "warnings": _warnings(node),
+        "version": __version__,
+        "uptime_s": round(node.world.clock.monotonic() - node.started_at, 3),
+        "addresses": list(node.addresses),
+        "home": str(node.home.path),
+        "sandbox": node.machine.sandbox.name if node.machine.sandbox else None,
+        "refusals": dict(node.peers.refusals),
+    }
+
+
+def member_document(node: Node, member: Member) -> dict[str, Any]:
+    """Return one member, as this node sees it."""
+    own = member.key == node.key.public
+    peer = None if own else node.peers.peer(member.key)
+    document = {
+        "node_id": member.node_id,
+        "name": member.name,
+        "role": member.role,
+        "state": PeerState.ALIVE if peer is None else peer.state,
+        "link": None,
+        "rtt_ms": None,
+    }
+    return document | (_link(peer) if peer is not None else {})
+
+
+def peer_document(node: Node, member: Member) -> dict[str, Any]:
+    """Return one peer with how it is reached."""
+    document = member_document(node, member)
+    document["id"] = document.pop("node_id")
+    peer = node.peers.peer(member.key)
+    contact = node.membership.contacts.get(member.key.raw)
+    conversation = peer.conversation
+    load = peer.load
+    return document | {
+        "address": conversation.link.remote_address if conversation else None,
+        "addresses": list(contact.body.addresses) if contact else [],
+        "version": contact.body.version if contact else None,
+        "agents": sorted(node.tasks.offers(member)),
+        "load": None
+        if load is None
+        else {
+            "running": load.running,
+            "queued": load.queued,
+            "capacity": load.capacity,
+            "cpu": load.cpu_percent,
+        },
+    }
+
+
+def _link(peer: Peer) -> dict[str, Any]:
+    conversation = peer.conversation
+    if conversation is None:
+        return {}
+    rtt_s = conversation.rtt_s
+    return {"link": conversation.link.carrier, "rtt_ms": None if rtt_s is None else round(rtt_s * 1000, 3)}
+
+
+def _warnings(node: Node) -> list[str]:
+    warnings: list[str] = []
+    membership = node.membership
+    if not membership.in_cell:
+        warnings.append("this node belongs to no cell yet: 'knode join TICKET'")
+    else:
+        try:
+            _ = membership.own
+        except KnodeError as error:
+            warnings.append(str(error))
+        lost = [p for p in node.peers.members() if p.state is PeerState.FAILED]
+        if lost:
+            names = ", ".join(membership.roster.members[p.key.raw].name for p in lost)
+            warnings.append(f"not reachable: {names}: see 'knode peer list'")
+    if node.machine.sandbox is None:
+        why = "; ".join(node.machine.sandbox_problems)
+        warnings.append(f"no sandbox holds here, so sandboxed agents are refused ({why}): install bubblewrap")
+    for entry in node.registry.list():
+        if entry.state is AgentState.REFUSED:
+            warnings.append(f"agent {entry.manifest.id} is refused ({entry.problem}): install it again")
+    return warnings
