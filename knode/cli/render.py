@@ -55,8 +55,7 @@ def initialised(document: Document) -> str:
         f"{fields(shown)}\n\n"
         f"recovery key   {printable(document['recovery_key'])}\n\n"
         "Write the recovery key down on paper. It is shown this once and stored nowhere; it is what\n"
-        "takes the cell back when the owner's machine is lost or stolen.\n\n"
-        "next: knode up --detach"
+        "takes the cell back when the owner's machine is lost or stolen."
     )
 
 
@@ -133,7 +132,7 @@ def agents(document: Sequence[Document]) -> str:
                 a["version"],
                 a["runtime"],
                 a["state"],
-                ", ".join(map(_name, a["nodes"])),
+                ", ".join(a["nodes"]),
                 a["description"],
             )
             for a in document
@@ -145,10 +144,7 @@ def tasks(document: Sequence[Document]) -> str:
     """Show one task a line."""
     return table(
         ("task", "agent", "state", "node", "error"),
-        (
-            (t["id"], t["agent"], t["state"], _short(t["node"]), (t["error"] or {}).get("code"))
-            for t in document
-        ),
+        ((t["id"], t["agent"], t["state"], t["node"], (t["error"] or {}).get("code")) for t in document),
     )
 
 
@@ -180,7 +176,7 @@ def progress(document: Document) -> str:
     fraction = document.get("fraction")
     percent = f"{fraction * 100:3.0f} % " if isinstance(fraction, int | float) else ""
     dropped = f" ({document['dropped']} steps left out)" if document.get("dropped") else ""
-    return f"{_name(document.get('node'))}: {percent}{_cell(document.get('text') or '')}{dropped}"
+    return f"{_cell(document.get('node'))}: {percent}{_cell(document.get('text') or '')}{dropped}"
 
 
 def _members(document: Sequence[Document]) -> str:
@@ -188,12 +184,6 @@ def _members(document: Sequence[Document]) -> str:
         ("member", "id", "role", "state", "joined"),
         ((m["name"], _short(m["id"]), m["role"], m["state"], m.get("joined_at")) for m in document),
     )
-
-
-def _name(node: object) -> str:
-    if isinstance(node, Mapping):
-        return _cell(node.get("name") or node.get("id"))
-    return _short(node)
 
 
 def _short(identifier: object) -> str:

@@ -16,7 +16,7 @@ logs = typer.Typer(help="What the daemon writes down.")
 @logs.command("tail")
 def tail(
     context: typer.Context,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=10_000, help="How many lines back.")] = 20,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=1000, help="How many lines back.")] = 20,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on with what comes (Ctrl-C ends).")
     ] = False,

@@ -17,8 +17,6 @@ from knode.errors import EXIT_FAILED, EXIT_OK, TABLE, Code, KnodeError
 INPUT_LIMIT_BYTES = 192 * 1024
 """The largest input of a task; it travels in one message, and what is larger is an artifact."""
 
-DEADLINE_S = 60.0
-
 Task = Annotated[str, typer.Argument(help="A task's id, or the beginning of it.")]
 
 task = typer.Typer(help="Ask an agent of the mesh to do something.")
@@ -40,8 +38,9 @@ def submit_task(
         bool, typer.Option("--direct", help="Ask a node directly: quick, at most once, never retried.")
     ] = False,
     deadline: Annotated[
-        float, typer.Option("--deadline", metavar="S", min=0.1, help="Give up after this many seconds.")
-    ] = DEADLINE_S,
+        float | None,
+        typer.Option("--deadline", metavar="S", min=0.1, help="Give up after this many seconds."),
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow it and print its result; exit 1 unless it succeeded.")
     ] = False,
