@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,13 @@ class Runner:
             return False
         return entry.runtime is Runtime.BUILTIN or self._sandbox is not None
 
+    def is_builtin(self, agent_id: str) -> bool:
+        """Tell whether an agent runs in this process, so that an attempt without files needs no folder."""
+        try:
+            return self._registry.find(agent_id).runtime is Runtime.BUILTIN
+        except KnodeError:
+            return False
+
     async def run(self, agent_id: str, attempt: Attempt, progress: Callable[[Progress], None]) -> AgentResult:
         """Run one attempt to its end and return its result.
 
@@ -166,7 +174,7 @@ class Runner:
             )
         if outcome.exit_code != 0:
             raise KnodeError(
-                Code.AGENT_FAILED, f"{agent_id} exited with {outcome.exit_code}{_last_words(outcome)}"
+                Code.AGENT_FAILED, f"{agent_id} {_describe_exit(outcome.exit_code)}{_last_words(outcome)}"
             )
         return AgentResult(outcome.stdout)
 
@@ -271,6 +279,13 @@ def _describe_limit(ended: Ended, limits: Limits) -> str:
         Ended.FILES: f"made more than its {limits.files} files or {limits.file_bytes} bytes of them",
     }
     return f"was stopped: it {what[ended]}"
+
+
+def _describe_exit(exit_code: int) -> str:
+    try:
+        return f"exited with {exit_code} ({signal.Signals(exit_code - 128).name})"
+    except ValueError:
+        return f"exited with {exit_code}"
 
 
 def _last_words(outcome: Outcome) -> str:

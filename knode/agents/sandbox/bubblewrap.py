@@ -7,15 +7,14 @@ network but an empty one, no process but its own.
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from knode.agents.limits import Limits
+from knode.agents.sandbox.rlimits import find_program, prlimit_arguments
 from knode.agents.sandbox.sandbox import Command, OnProgress, Outcome
-from knode.agents.sandbox.seccomp import filter_program
+from knode.agents.sandbox.seccomp import bubblewrap_filter
 from knode.agents.sandbox.supervise import supervise
 from knode.agents.sandbox.surroundings import SYSTEM_FILES, environment_of, scratch_of
-from knode.errors import Code, KnodeError
 
 # The kernel counts processes per user namespace since 5.14, which makes the limit this sandbox's own;
 # before, it would count every process of the user.
@@ -31,9 +30,9 @@ class Bubblewrap:
     name = "bubblewrap"
 
     def __init__(self) -> None:
-        self._bwrap = _program("bwrap", "bubblewrap")
-        self._prlimit = _program("prlimit", "util-linux")
-        self._filter = filter_program(os.uname().machine)
+        self._bwrap = find_program("bwrap", "bubblewrap")
+        self._prlimit = find_program("prlimit", "util-linux")
+        self._filter = bubblewrap_filter(os.uname().machine)
         self._counts_per_namespace = _kernel_version() >= _PER_NAMESPACE_COUNT
 
     async def run(self, command: Command, limits: Limits, on_progress: OnProgress) -> Outcome:
@@ -78,26 +77,10 @@ class Bubblewrap:
         return [*arguments, "--seccomp", str(filter_descriptor), "--"]
 
     def _limited(self, limits: Limits) -> list[str]:
-        arguments = [
-            self._prlimit,
-            f"--as={limits.memory_bytes}",
-            f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}",
-            f"--nofile={limits.open_files}",
-            f"--fsize={limits.file_bytes}",
-            "--core=0",
-            "--memlock=0",
-            "--msgqueue=0",
-        ]
+        arguments = prlimit_arguments(self._prlimit, limits)
         if self._counts_per_namespace:
             arguments.append(f"--nproc={limits.processes + _OWN_PROCESSES}")
         return [*arguments, "--"]
-
-
-def _program(name: str, package: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        raise KnodeError(Code.NO_SANDBOX, f"there is no {name} on this machine", f"install {package}")
-    return path
 
 
 def _kernel_version() -> tuple[int, int]:

@@ -13,11 +13,12 @@ import msgspec
 from knode.agents.limits import Limits
 from knode.agents.sandbox.bubblewrap import Bubblewrap
 from knode.agents.sandbox.sandbox import Command, Ended, Sandbox
+from knode.agents.sandbox.sandlock import Sandlock
 from knode.agents.sandbox.surroundings import python_files, python_program
 from knode.errors import Code, KnodeError
 from knode.world import World
 
-SANDBOXES: dict[str, Callable[[], Sandbox]] = {"bubblewrap": Bubblewrap}
+SANDBOXES: dict[str, Callable[[], Sandbox]] = {"bubblewrap": Bubblewrap, "sandlock": Sandlock}
 """All that there are, the first choice first. Constructing one that cannot be here raises NO_SANDBOX."""
 
 _PROBE_LIMITS = Limits(wall_seconds=10, cpu_seconds=5)
@@ -35,6 +36,8 @@ print(json.dumps({
     "connect to a port of the machine": tries(lambda: socket.create_connection(("127.0.0.1", port), 2)),
     "read the node's environment": tries(lambda: open(f"/proc/{parent}/environ").read()),
     "signal the node": tries(lambda: os.kill(parent, 0)),
+    "change the mode of a file of the node's home": tries(lambda: os.chmod(home + "/secret", 0o777)),
+    "become another user": tries(lambda: os.setuid(12345)),
     "work": tries(lambda: open("made", "w")) and open("made").read() == "",
 }))
 """
