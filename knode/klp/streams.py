@@ -1,112 +1,184 @@
-"""The two ends of one stream of bulk data.
+"""All streams of one session, both ways: which are open, who closes them, whose turn it is.
 
-DATA frames are not signed one by one: TLS carries them, and one signed digest at the end vouches for the
-whole. Until then a receiver must not act on what it got. Credit is an absolute total, so that a grant
-told twice or late means the same.
+A stream belongs to the Request that names it and carries bytes from the requester to the node it asks.
+Its sender closes it, by a StreamEnd or a StreamReset; a receiver that wants no more sends a StreamReset
+and drops what is on its way until the sender has closed. So both ends count open streams alike.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections import deque
+from collections.abc import Callable
 
 from knode.errors import Code, KnodeError
 from knode.klp import limits
-from knode.klp.messages import Credit, StreamEnd
+from knode.klp.messages import Credit, Message, Request, StreamEnd, StreamReset
+from knode.klp.stream import ReceivingStream, SendingStream
 
 
-class SendingStream:
-    """What one stream still has to send, within its credit."""
+class Streams:
+    """The books of a session's streams.
 
-    __slots__ = ("_accepted", "_buffer", "_credit", "_digest", "_ended", "number")
+    Args:
+        initiator: whether this end opened the session; its streams are odd.
+        tell: queues a message for the other end, after all that is queued already.
+    """
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self._buffer = bytearray()
-        self._credit = limits.FIRST_CREDIT_BYTES
-        self._accepted = 0
-        self._digest = hashlib.sha256()
-        self._ended = False
+    def __init__(self, *, initiator: bool, tell: Callable[[StreamEnd | StreamReset], None]) -> None:
+        self._tell = tell
+        self._parity = 1 if initiator else 0
+        self._handed_out = -1 if initiator else 0
+        self._named = 0  # the last of ours that a Request named
+        self._named_by_peer = 0
+        self._sending: dict[int, SendingStream] = {}
+        self._receiving: dict[int, ReceivingStream] = {}
+        self._ready: deque[SendingStream] = deque()  # with bytes to send, in turn
+        self._credits: dict[int, Credit] = {}
 
-    @property
-    def writable(self) -> int:
-        """Bytes that may be given now: the credit left, and room in the buffer."""
-        if self._ended:
-            return 0
-        return min(self._credit - self._accepted, limits.UNSENT_BYTES - len(self._buffer))
+    # What this end does.
+
+    def new(self) -> int:
+        """Return an id that was not used yet."""
+        self._handed_out += 2
+        return self._handed_out
+
+    def begin_sending(self, number: int) -> None:
+        """Open one of ours, because a Request that names it is sent.
+
+        Raises:
+            KnodeError: RATE_LIMITED when MAX_STREAMS are open, INVALID_ARGUMENT when it is not new.
+        """
+        if not self._is_ours(number) or not self._named < number <= self._handed_out:
+            raise KnodeError(Code.INVALID_ARGUMENT, f"stream {number} is not the one opened last")
+        if len(self._sending) >= limits.MAX_STREAMS:
+            raise KnodeError(Code.RATE_LIMITED, f"{limits.MAX_STREAMS} streams are open", "try again later")
+        self._named = number
+        self._sending[number] = SendingStream(number)
+
+    def sender(self, number: int) -> SendingStream:
+        """Return one of ours; CANCELLED when it is not open any more."""
+        sending = self._sending.get(number)
+        if sending is None:
+            raise KnodeError(Code.CANCELLED, f"stream {number} is not open: it was ended or reset")
+        return sending
+
+    def write(self, number: int, data: bytes | memoryview) -> None:
+        """Take bytes to send; NO_CREDIT for more than is writable."""
+        sending = self.sender(number)
+        waited = sending.has_data
+        sending.write(data)
+        if not waited and sending.has_data:
+            self._ready.append(sending)
+
+    def end(self, number: int) -> None:
+        """End one of ours after its last byte."""
+        sending = self.sender(number)
+        sending.end()
+        if sending.finished:
+            self._close(sending)
+
+    def reset(self, number: int, code: str) -> None:
+        """Stop a stream of either direction; nothing happens when it is closed or stopped already."""
+        sending, receiving = self._sending.pop(number, None), self._receiving.get(number)
+        if sending is not None:
+            if sending.has_data:
+                self._ready.remove(sending)
+        elif receiving is not None and not receiving.discarding:
+            receiving.discarding = True
+            self._credits.pop(number, None)
+        else:
+            return
+        self._tell(StreamReset(number, code))
+
+    def consumed(self, number: int, count: int) -> None:
+        """Give back credit; nothing happens when the stream is closed or stopped."""
+        receiving = self._receiving.get(number)
+        if receiving is None or receiving.discarding:
+            return
+        credit = receiving.consume(count)
+        if credit is not None:
+            self._credits[number] = credit
 
     @property
     def has_data(self) -> bool:
-        """Whether bytes wait; what waits always has credit."""
-        return bool(self._buffer)
+        """Whether bytes wait to be sent."""
+        return bool(self._ready)
+
+    def next_data(self) -> tuple[int, bytes]:
+        """Return the next bytes to send, of the stream whose turn it is."""
+        sending = self._ready.popleft()
+        data = sending.take()
+        if sending.has_data:
+            self._ready.append(sending)
+        elif sending.finished:
+            self._close(sending)
+        return sending.number, data
 
     @property
-    def finished(self) -> bool:
-        """Whether it was ended and all bytes are out."""
-        return self._ended and not self._buffer
+    def has_credits(self) -> bool:
+        """Whether a grant waits to be sent."""
+        return bool(self._credits)
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Take `data`, at most `writable` bytes; NO_CREDIT for more."""
-        if len(data) > self.writable:
-            raise KnodeError(Code.NO_CREDIT, f"stream {self.number} takes {self.writable} bytes now")
-        self._buffer += data
-        self._digest.update(data)
-        self._accepted += len(data)
+    def next_credit(self) -> Credit:
+        """Return a grant to send; of each stream only the latest waits."""
+        return self._credits.pop(next(iter(self._credits)))
 
-    def end(self) -> None:
-        """Take nothing more."""
-        self._ended = True
+    # What the other end did. Every error ends the session.
 
-    def grant(self, total_bytes: int) -> None:
-        """Take the receiver's credit; it never shrinks."""
-        if total_bytes < self._credit:
-            raise KnodeError(Code.BAD_FRAME, "a credit below an earlier one")
-        self._credit = total_bytes
+    def take(self, message: Message) -> bool:
+        """Keep the books; False for a message that is no news, since the stream is closed on this side."""
+        match message:
+            case Request(stream=number) if number:
+                self._begin_receiving(number)
+            case Credit(stream=number, total_bytes=total_bytes):
+                sending = self._sending_or_closed(number)
+                if sending is None:
+                    return False
+                sending.grant(total_bytes)
+            case StreamEnd(stream=number):
+                receiving = self._close_receiver(number)
+                receiving.check(message)
+                return not receiving.discarding
+            case StreamReset(stream=number, code=code) if self._is_ours(number):
+                if self._sending_or_closed(number) is None:
+                    return False
+                self.reset(number, code)
+            case StreamReset(stream=number):
+                return not self._close_receiver(number).discarding
+        return True
 
-    def take(self) -> bytes:
-        """Return and forget the next bytes, as many as one DATA frame carries."""
-        data = bytes(self._buffer[: limits.DATA_BYTES])
-        del self._buffer[: limits.DATA_BYTES]
-        return data
+    def take_data(self, number: int, data: bytes) -> bool:
+        """Count and digest data; False when they are dropped."""
+        receiving = self._receiving.get(number)
+        if receiving is None:
+            raise KnodeError(Code.BAD_FRAME, f"data for stream {number}, which is not open")
+        receiving.receive(data)
+        return not receiving.discarding
 
-    def closing(self) -> StreamEnd:
-        """Return the message that ends the stream."""
-        return StreamEnd(self.number, self._accepted, self._digest.digest())
+    def _is_ours(self, number: int) -> bool:
+        return number % 2 == self._parity
 
+    def _begin_receiving(self, number: int) -> None:
+        if self._is_ours(number) or number <= self._named_by_peer:
+            raise KnodeError(Code.BAD_FRAME, f"stream {number} is not a new one of its sender")
+        if len(self._receiving) >= limits.MAX_STREAMS:
+            raise KnodeError(Code.RATE_LIMITED, f"more than {limits.MAX_STREAMS} streams at once")
+        self._named_by_peer = number
+        self._receiving[number] = ReceivingStream(number)
 
-class ReceivingStream:
-    """What one stream may still bring, and the digest of what it brought."""
+    def _sending_or_closed(self, number: int) -> SendingStream | None:
+        """Return one of ours that the other end speaks of, None when it is closed; it must have been open."""
+        if not self._is_ours(number) or number > self._named:
+            raise KnodeError(Code.BAD_FRAME, f"stream {number} was never opened")
+        return self._sending.get(number)
 
-    __slots__ = ("_consumed", "_digest", "_granted", "_received", "discarding", "number")
+    def _close(self, sending: SendingStream) -> None:
+        del self._sending[sending.number]
+        self._tell(sending.closing())
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.discarding = False
-        """We asked the sender to stop: what was on its way is dropped."""
-        self._received = 0
-        self._consumed = 0
-        self._granted = limits.FIRST_CREDIT_BYTES
-        self._digest = hashlib.sha256()
-
-    def receive(self, data: bytes) -> None:
-        """Count and digest `data`; NO_CREDIT when it is more than was granted."""
-        self._received += len(data)
-        if self._received > self._granted:
-            raise KnodeError(Code.NO_CREDIT, f"stream {self.number} brought more than was granted")
-        if not self.discarding:
-            self._digest.update(data)
-
-    def consume(self, count: int) -> Credit | None:
-        """Note that `count` bytes were used up; return a new grant when half a window was."""
-        self._consumed += count
-        if self._consumed > self._received:
-            raise KnodeError(Code.INVALID_ARGUMENT, "more bytes consumed than received")
-        total = self._consumed + limits.FIRST_CREDIT_BYTES
-        if total - self._granted < limits.FIRST_CREDIT_BYTES // 2:
-            return None
-        self._granted = total
-        return Credit(self.number, total)
-
-    def check(self, end: StreamEnd) -> None:
-        """Raise BAD_SIGNATURE unless `end` signs exactly what was received."""
-        if not self.discarding and (end.size, end.digest) != (self._received, self._digest.digest()):
-            raise KnodeError(Code.BAD_SIGNATURE, f"stream {self.number} is not what its sender signed")
+    def _close_receiver(self, number: int) -> ReceivingStream:
+        receiving = self._receiving.pop(number, None)
+        if receiving is None:
+            raise KnodeError(Code.BAD_FRAME, f"stream {number} is not open")
+        self._credits.pop(number, None)
+        return receiving

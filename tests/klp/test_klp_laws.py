@@ -132,8 +132,8 @@ def test_all_that_was_sent_arrives_in_order_and_whole(steps: list[tuple[str, boo
         assert there.came == here.sent
         for stream, size in here.written.items():
             assert stream in there.reset or there.whole[stream] == there.arrived[stream] == size
-        assert not here.session._sending
-        assert not here.session._receiving
+        assert not here.session._streams._sending
+        assert not here.session._streams._receiving
 
 
 def settle(a: End, b: End, on_the_wire: dict[bool, list[bytes]]) -> None:
