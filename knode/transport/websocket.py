@@ -262,9 +262,8 @@ async def _flush_opening(stream: TlsStream, protocol: ClientProtocol | ServerPro
 
 
 async def _open_as_server(
-    raw: trio.socket.SocketType, context: ssl.SSLContext, binding: bytes
+    raw: trio.socket.SocketType, context: ssl.SSLContext, binding: bytes, remote: str
 ) -> WebSocketLink:
-    remote = join_address(*raw.getpeername()[:2])
     stream = TlsStream(raw, context, server_side=True)
     await stream.handshake()
     protocol = ServerProtocol(
@@ -364,12 +363,14 @@ class WebSocketListener:
             del self._openings[oldest]
             oldest.cancel()
         why = f"not open after {OPENING_SECONDS} seconds, or the oldest when others came"
+        remote = "?"
         link = None
         try:
             with trio.move_on_after(OPENING_SECONDS) as scope:
                 self._openings[scope] = None
                 _prepare(raw)
-                link = await _open_as_server(raw, self._context, self._binding)
+                remote = join_address(*raw.getpeername()[:2])
+                link = await _open_as_server(raw, self._context, self._binding, remote)
         except (OSError, _NotOpened) as error:
             why = str(error)
         finally:
@@ -378,7 +379,7 @@ class WebSocketListener:
                 raw.close()
         if link is None:
             self.dropped += 1
-            _log.info("link opening dropped", reason=why, dropped=self.dropped)
+            _log.info("link opening dropped", remote=remote, reason=why, dropped=self.dropped)
         return link
 
 
