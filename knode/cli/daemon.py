@@ -17,7 +17,7 @@ from knode.control.client import Client, command_for
 from knode.errors import Code, KnodeError
 from knode.home.folder import open_home
 from knode.home.layout import Home
-from knode.world.real import real_world
+from knode.world.real import named_disk_errors, real_world
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
@@ -55,7 +55,9 @@ def start_detached(home: Home, flags: Mapping[str, str]) -> int:
     open_home(real_world(), home)
     said = home.log / "start-up.txt"
     options = [word for key, text in flags.items() for word in (f"--{key.removeprefix('node.')}", text)]
-    with said.open("wb") as output:
+    with named_disk_errors(said):
+        output = said.open("wb")
+    with output:
         process = subprocess.Popen(
             [sys.executable, "-m", "knode", "--json", "up", *options, "--home", str(home.path)],
             stdin=subprocess.DEVNULL,

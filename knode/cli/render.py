@@ -162,8 +162,16 @@ def testnet(document: Document) -> str:
 
 
 def details(document: Document) -> str:
-    """Show every field of one thing."""
-    return fields({key: value(content) for key, content in document.items()})
+    """Show every field of one thing; what has fields of its own is shown by `outer.inner`."""
+    flat: dict[str, object] = {}
+    for key, content in document.items():
+        inner = (
+            {f"{key}.{name}": part for name, part in content.items()}
+            if _has_fields(content)
+            else {key: content}
+        )
+        flat |= inner
+    return fields({key: None if content is None else value(content) for key, content in flat.items()})
 
 
 def value(content: object) -> str:
@@ -184,6 +192,10 @@ def _members(document: Sequence[Document]) -> str:
         ("member", "id", "role", "state", "joined"),
         ((m["name"], _short(m["id"]), m["role"], m["state"], m.get("joined_at")) for m in document),
     )
+
+
+def _has_fields(content: object) -> bool:
+    return isinstance(content, Mapping) and bool(content)
 
 
 def _short(identifier: object) -> str:

@@ -89,3 +89,14 @@ def test_the_recovery_key_comes_with_its_advice() -> None:
     text = render.initialised(document)
     assert "recovery key   one two" in text
     assert "Write the recovery key down" in text
+
+
+def test_details_show_inner_fields_by_their_path_and_nothing_as_a_hyphen() -> None:
+    document = {"id": "x", "load": {"running": 1}, "nodes": ["a"], "error": None, "none": {}}
+    assert render.details(document).splitlines() == [
+        "id            x",
+        "load.running  1",
+        'nodes         ["a"]',
+        "error         -",
+        "none          {}",
+    ]

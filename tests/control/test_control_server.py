@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knode.control import server
+from knode.control.connection import MAX_QUEUED_PROGRESS_BYTES, MAX_REQUESTS, Handler, Notify
 from knode.control.protocol import (
     INVALID_PARAMS,
     INVALID_REQUEST,
@@ -25,7 +26,7 @@ from knode.control.protocol import (
     PARSE_ERROR,
     PROTOCOL,
 )
-from knode.control.server import MAX_CONNECTIONS, MAX_REQUESTS, Notify, may_connect, serve
+from knode.control.server import MAX_CONNECTIONS, may_connect, serve
 from knode.errors import Code, KnodeError
 
 HELLO = {"protocol": PROTOCOL, "version": "0.1.0"}
@@ -40,7 +41,7 @@ class Daemon:
         self.cancelled = 0
         self.changed = trio.Event()
 
-    def methods(self) -> dict[str, server.Handler]:
+    def methods(self) -> dict[str, Handler]:
         return {
             "echo": self.echo,
             "wait": self.wait,
@@ -50,6 +51,7 @@ class Daemon:
             "count": self.count,
             "large": self.large,
             "odd": self.odd,
+            "clumsy": self.clumsy,
         }
 
     async def echo(self, params: dict[str, Any], notify: Notify) -> Any:
@@ -86,6 +88,14 @@ class Daemon:
 
     async def odd(self, params: dict[str, Any], notify: Notify) -> Any:
         return object()
+
+    async def clumsy(self, params: dict[str, Any], notify: Notify) -> Any:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            try:
+                await self.wait(params, notify)
+            finally:
+                raise ZeroDivisionError("while it tidied up")
 
     async def until(self, condition: Callable[[], bool]) -> None:
         with trio.fail_after(60):
@@ -283,6 +293,28 @@ async def test_a_client_that_goes_away_cancels_what_runs_for_it_alone(path: Path
         assert daemon.cancelled == 2
 
 
+async def test_a_client_that_leaves_without_reading_harms_nobody(path: Path) -> None:
+    async with running(path), connected(path) as stays:
+        for _ in range(20):
+            leaves = await trio.open_unix_socket(path)
+            await Peer(leaves).ask("count", {"to": 3000, "size": 1000})
+            await Peer(leaves).ask("wait")
+            await leaves.aclose()
+        await stays.ask("echo")
+        assert (await stays.line())["id"] == 1
+
+
+async def test_a_handler_that_fails_while_it_is_cancelled_ends_no_daemon(path: Path) -> None:
+    async with running(path) as daemon, connected(path) as stays:
+        async with connected(path) as leaves:
+            await leaves.ask("clumsy")
+            await daemon.until(lambda: daemon.waiting == 1)
+        await daemon.until(lambda: daemon.cancelled == 1)
+        await stays.ask("echo")
+        assert (await stays.line())["id"] == 1
+        assert [method for method, _ in daemon.faults] == ["clumsy"]
+
+
 async def test_requests_over_the_limit_are_refused_and_the_others_go_on(path: Path) -> None:
     async with running(path) as daemon, connected(path) as peer:
         for number in range(MAX_REQUESTS):
@@ -337,7 +369,7 @@ async def test_progress_that_a_slow_reader_cannot_take_is_left_out_and_counted(p
             dropped += message["params"].get("dropped", 0)
         assert message["result"] == "counted"
         assert 0 < received < 3000
-        assert received * 1000 <= server.MAX_QUEUED_PROGRESS_BYTES
+        assert received * 1000 <= MAX_QUEUED_PROGRESS_BYTES
         await peer.ask("count", {"to": 1}, request_id=2)
         assert received + dropped + (await peer.line())["params"]["dropped"] == 3000
 

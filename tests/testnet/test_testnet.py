@@ -62,13 +62,15 @@ def test_status_names_every_node_with_its_process(net: Testnet) -> None:
 
 
 def test_a_killed_node_is_noticed_and_comes_back_as_itself(net: Testnet) -> None:
-    pid = net.kill("node3")
-    assert net.status()["nodes"][2]["state"] == "stopped"
+    pid = net.status()["nodes"][2]["pid"]
+    killed = json.loads(knode("testnet", "kill", "3", "--dir", str(net.folder), "--json").stdout)["nodes"][2]
+    assert (killed["state"], killed["pid"]) == ("stopped", None)
     until(lambda: states_seen_by(net, "node1")["node3"] == "failed")
     with pytest.raises(KnodeError) as caught:
-        net.kill("3")
+        net.kill("node3")
     assert caught.value.code is Code.NOT_RUNNING
-    net.restart("3")
+    restarted = knode("testnet", "restart", "node3", "--dir", str(net.folder))
+    assert restarted.returncode == 0, restarted.stderr
     until(lambda: set(states_seen_by(net, "node1").values()) == {"alive"})
     row = net.status()["nodes"][2]
     assert row["state"] == "running"
