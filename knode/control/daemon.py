@@ -95,7 +95,7 @@ async def _sandbox(world: World, home: Home, prefer: str) -> Choice:
 
 
 def _busy_percent() -> int:
-    return min(255, round(100 * os.getloadavg()[0] / (os.cpu_count() or 1)))
+    return min(100, round(100 * os.getloadavg()[0] / (os.cpu_count() or 1)))
 
 
 def _first_named(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -43,7 +43,7 @@ class Machine:
 
     cores: int
     busy_percent: Callable[[], int]
-    """How busy its processors are, 0 to 255."""
+    """How busy its processors are, all together: 0 to 100."""
     sandbox: Sandbox | None
     sandbox_problems: tuple[str, ...] = ()
 
