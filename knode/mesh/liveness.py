@@ -53,4 +53,4 @@ class Liveness:
         silence = now - self.heard_at
         if silence >= self.dead_after_s:
             return PeerState.FAILED
-        return PeerState.SUSPECT if silence >= self.dead_after_s / 2 else PeerState.ALIVE
+        return PeerState.SUSPECT if silence >= self.dead_after_s * 2 / 3 else PeerState.ALIVE

@@ -38,19 +38,25 @@ class Pending:
     """As it was first sent; None until then. Asked again, it is the same."""
     answer: Answer | None = None
     error: KnodeError | None = None
-    done: trio.Event = field(default_factory=trio.Event)
+    news: trio.Event = field(default_factory=trio.Event)
+    """Set when it is done, or when the peer's last conversation has ended."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has its answer or will get none."""
+        return self.answer is not None or self.error is not None
 
     def settle(self, answer: Answer) -> None:
         """Take the answer; a second one changes nothing."""
-        if not self.done.is_set():
+        if not self.done:
             self.answer = answer
-            self.done.set()
+            self.news.set()
 
     def fail(self, error: KnodeError) -> None:
         """End it without an answer."""
-        if not self.done.is_set():
+        if not self.done:
             self.error = error
-            self.done.set()
+            self.news.set()
 
 
 class Peer:
@@ -69,7 +75,7 @@ class Peer:
         self._clock = clock
         self._dead_after_s = dead_after_s
         self._left = False
-        self._lost_at = Monotonic(float("-inf"))
+        self._heard_at = Monotonic(float("-inf"))
         self._pending: dict[int, Pending] = {}
         self._counters = itertools.count(1)
 
@@ -86,7 +92,7 @@ class Peer:
             return self.conversation.liveness.state(now)
         if self._left:
             return PeerState.LEFT
-        return PeerState.SUSPECT if now - self._lost_at < self._dead_after_s else PeerState.FAILED
+        return PeerState.SUSPECT if now - self._heard_at < self._dead_after_s else PeerState.FAILED
 
     @property
     def load(self) -> Load | None:
@@ -104,7 +110,7 @@ class Peer:
         self.conversations.remove(conversation)
         if not self.conversations:
             self._left = conversation.liveness.good_bye
-            self._lost_at = self._clock.monotonic()
+            self._heard_at = Monotonic(conversation.liveness.heard_at)
         self._choose()
 
     def send_event(self, topic: str, body: bytes, context: Context) -> None:
@@ -202,15 +208,17 @@ class Peer:
         if best is self.conversation:
             return
         self.conversation = best
-        if best is not None:
-            for pending in list(self._pending.values()):
+        for pending in list(self._pending.values()):
+            if best is None:
+                pending.news.set()
+            else:
                 self._ask_again(best, pending)
         self.changed.set()
         self.changed = trio.Event()
 
     def _ask_again(self, conversation: Conversation, pending: Pending) -> None:
         request = pending.request
-        if request is None or pending.done.is_set():
+        if request is None or pending.done:
             return
         if request.destination_boot != conversation.established.peer_boot:
             pending.fail(_fate_unknown("the node restarted while it worked"))
@@ -224,26 +232,21 @@ class Peer:
                 raise KnodeError(
                     Code.UNAVAILABLE, "the node cannot be reached now", "'knode peer list' shows who is here"
                 )
-            with trio.move_on_at(self._lost_at + self._dead_after_s):
+            with trio.move_on_at(self._heard_at + self._dead_after_s):
                 await self.changed.wait()
         return self.conversation
 
     async def _answered(self, pending: Pending) -> None:
         """Wait for the answer; a peer that stays away too long leaves the request's fate unknown."""
-        if pending.done.is_set():
-            return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch, pending)
-            await pending.done.wait()
-            nursery.cancel_scope.cancel()
-
-    async def _watch(self, pending: Pending) -> None:
-        while True:
-            with trio.move_on_after(float("inf") if self.conversation else LOST_GRACE_S) as grace:
-                await self.changed.wait()
-            if grace.cancelled_caught:
-                pending.fail(_fate_unknown("the node was lost while it worked"))
-                return
+        while not pending.done:
+            if self.conversation is None:
+                with trio.move_on_after(LOST_GRACE_S) as grace:
+                    await self.changed.wait()
+                if grace.cancelled_caught:
+                    pending.fail(_fate_unknown("the node was lost while it worked"))
+            else:
+                pending.news = trio.Event()
+                await pending.news.wait()
 
 
 async def _upload(conversation: Conversation, pending: Pending, chunks: AsyncIterator[bytes]) -> None:

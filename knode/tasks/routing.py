@@ -1,7 +1,8 @@
 """Which node runs a task: a pure function of who is here, what they have and how busy they are.
 
-First who can and may (here, the right role, the agent running there), then the least busy, then the
-shortest round trip, then the smallest id, so that everyone who knows the same decides the same.
+First who can and may (here, the right role, the agent running there), then whoever is not suspect,
+then the least busy, then the shortest round trip, then the smallest id, so that everyone who knows the
+same decides the same.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def obstacle(candidate: Candidate, agent: str) -> str:
     """Return why a node cannot run the agent now; empty when it can."""
     if candidate.role not in RUNNING_ROLES:
         return f"its role is {candidate.role}"
-    if candidate.state is not PeerState.ALIVE:
-        return f"it is {candidate.state}"
+    if candidate.state in (PeerState.FAILED, PeerState.LEFT):
+        return f"it has {candidate.state}"
     if agent not in candidate.agents:
         return "it does not have the agent"
     return ""
@@ -63,6 +64,6 @@ def choose(candidates: Iterable[Candidate], agent: str) -> Candidate:
     return min(able, key=_score)
 
 
-def _score(candidate: Candidate) -> tuple[float, float, str]:
+def _score(candidate: Candidate) -> tuple[bool, float, float, str]:
     busy = (candidate.running + candidate.queued) / max(1, candidate.capacity)
-    return busy, candidate.rtt_s, candidate.node_id
+    return candidate.state is not PeerState.ALIVE, busy, candidate.rtt_s, candidate.node_id
