@@ -23,7 +23,7 @@ from knode.klp.objects import SIGNATURE_BYTES, Domain, open_signed, sign
 
 MANIFEST_NAME = "agent.toml"
 SIGNED_NAME = "agent.signed"
-MAX_MANIFEST_BYTES = 64 * 1024
+MAX_MANIFEST_BYTES = 16 * 1024
 MAX_SIGNED_BYTES = 256 * 1024
 CLASSES = ("kCore", "kPlanner", "kExecutor", "kReviewer", "kSentinel", "kMemory", "kPersona", "kBridge")
 
@@ -91,7 +91,7 @@ _signed_decoder: Decoder[SignedManifest] = Decoder(SignedManifest)
 
 
 def parse_manifest(text: str) -> Manifest:
-    """Return the manifest in `text` (TOML, at most 64 KiB).
+    """Return the manifest in `text` (TOML, at most 16 KiB).
 
     Raises:
         KnodeError: MANIFEST_INVALID, saying which key and why.

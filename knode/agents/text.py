@@ -50,7 +50,7 @@ _decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 
 # Every repetition is bounded and no two neighbours share a character, so the work for one starting
 # point is constant.
-_NUMBER = re.compile(r"(?<![\w.])[+-]?\d{1,40}+(?:\.\d{1,40}+)?(?:[eE][+-]?\d{1,4}+)?(?![\w])")
+_NUMBER = re.compile(r"(?<![\w.])[+-]?\d{1,40}+(?:\.\d{1,40}+)?(?:[eE][+-]?\d{1,4}+)?(?!\w|\.\d)")
 _URL = re.compile(r"\bhttps?://[^\s<>\"'`\\^{|}\[\]]{1,2000}")
 _LOCAL_PART = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.!#$%&'*+/=?^_`{|}~-")
 _DOMAIN = re.compile(r"(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,63}")

@@ -93,7 +93,7 @@ async def test_other_folders_can_be_given_read_only(sandbox: Sandbox, folder: Pa
 
 
 async def test_lines_of_progress_are_reported_and_the_rest_kept(sandbox: Sandbox, folder: Path) -> None:
-    script = "echo knode:progress 0.5 half done >&2; echo note >&2; echo knode:progress later >&2"
+    script = "echo knode:progress 0.5 half done >&2; echo note >&2; sleep 0.3; echo knode:progress later >&2"
     reports: list[tuple[float | None, str]] = []
     outcome = await sandbox.run(
         Command(argv=["sh", "-c", script], folder=folder),
@@ -102,6 +102,35 @@ async def test_lines_of_progress_are_reported_and_the_rest_kept(sandbox: Sandbox
     )
     assert reports == [(0.5, "half done"), (None, "later")]
     assert outcome.stderr == b"note\n"
+
+
+async def test_endless_progress_is_reported_seldom(sandbox: Sandbox, folder: Path) -> None:
+    reports: list[tuple[float | None, str]] = []
+    script = "for n in $(seq 20000); do echo knode:progress 0.5 $n; done >&2"
+    await sandbox.run(
+        Command(argv=["sh", "-c", script], folder=folder),
+        Limits(),
+        lambda fraction, text: reports.append((fraction, text)),
+    )
+    assert reports[-1] == (0.5, "20000")
+    assert len(reports) < 200
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os; os.mkdir('closed'); open('closed/file', 'w'); os.umask(0o777); os.mkdir('shut')",
+        "import os\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')",
+        "import os\nfor _ in range(40):\n    os.mkdir('d' * 255, 0o700)\n    os.chdir('d' * 255)",
+    ],
+)
+async def test_whatever_a_program_leaves_can_be_removed(
+    run_python: RunPython, world: World, folder: Path, source: str
+) -> None:
+    await run_python(source, files=10_000)
+    assert len(os.listdir(folder)) >= 2
+    world.disk.remove(folder)
+    assert not world.disk.exists(folder)
 
 
 async def test_environment_and_descriptors_of_the_node_do_not_reach_inside(

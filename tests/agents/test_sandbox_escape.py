@@ -452,6 +452,14 @@ async def test_files_together_over_the_limit_are_stopped(run_python: RunPython) 
     assert outcome.ended is Ended.FILES
 
 
+async def test_files_too_deep_to_be_counted_are_stopped(run_python: RunPython) -> None:
+    outcome = await run_python(
+        "import os, time\nfor _ in range(20):\n    os.mkdir('d')\n    os.chdir('d')\ntime.sleep(20)",
+        wall_seconds=20,
+    )
+    assert outcome.ended is Ended.FILES
+
+
 async def test_open_files_are_limited(run_python: RunPython) -> None:
     outcome = await run_python("import os\nwhile True: os.dup(0)", open_files=32)
     assert outcome.exit_code != 0

@@ -18,7 +18,7 @@ import trio
 
 from knode.agents.limits import Limits
 from knode.agents.sandbox import tree
-from knode.agents.sandbox.folder import measure_folder
+from knode.agents.sandbox.folder import FolderUsage, make_removable, measure_folder
 from knode.agents.sandbox.sandbox import STDERR_TAIL_BYTES, Ended, OnProgress, Outcome
 from knode.errors import Code, KnodeError
 
@@ -31,7 +31,6 @@ WATCH_SECONDS = 0.02
 WATCH_SHARE = 0.05
 """The share of the node's time that measuring may take: many processes are measured less often."""
 FOLDER_SECONDS = 0.1
-KILL_SECONDS = 10.0
 CHUNK_BYTES = 64 * 1024
 _KILLED_FOR_CPU = 128 + signal.SIGXCPU
 
@@ -78,10 +77,11 @@ async def supervise(
         ) from error
     run = _Run(process, limits, own_processes, on_progress)
     try:
-        return await run.to_the_end(stdin, folder, before.files, before.stored_bytes)
+        return await run.to_the_end(stdin, folder, before)
     finally:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + KILL_SECONDS):
+        with trio.CancelScope(shield=True):
             await run.kill()
+            await trio.to_thread.run_sync(make_removable, folder)
 
 
 class _Run:
@@ -110,14 +110,15 @@ class _Run:
         self._output = bytearray()
         self._tail = _Tail()
         self._ended = Ended.EXITED
+        self._report: tuple[float | None, str] | None = None
 
-    async def to_the_end(self, stdin: bytes, folder: Path, files: int, stored_bytes: int) -> Outcome:
+    async def to_the_end(self, stdin: bytes, folder: Path, before: FolderUsage) -> Outcome:
         """Return once the process has exited or was stopped by a limit."""
         with trio.move_on_after(self._limits.wall_seconds) as wall:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._feed, stdin)
                 nursery.start_soon(self._watch_processes, nursery.cancel_scope)
-                nursery.start_soon(self._watch_folder, folder, files, stored_bytes, nursery.cancel_scope)
+                nursery.start_soon(self._watch_folder, folder, before, nursery.cancel_scope)
                 async with trio.open_nursery() as readers:
                     readers.start_soon(self._read_output, nursery.cancel_scope)
                     readers.start_soon(self._read_errors, nursery.cancel_scope)
@@ -128,6 +129,7 @@ class _Run:
         if wall.cancelled_caught:
             self._ended = Ended.WALL
         await self.kill()
+        self._pass_report_on()
         exit_code = self._process.returncode
         if self._ended is Ended.EXITED and exit_code == _KILLED_FOR_CPU:
             self._ended = Ended.CPU
@@ -179,18 +181,25 @@ class _Run:
         total = 0
         while chunk := await self._stderr.receive_some(CHUNK_BYTES):
             total += len(chunk)
-            for fraction, text in self._tail.add(chunk):
-                self._on_progress(fraction, text)
+            for report in self._tail.add(chunk):
+                self._report = report
             if total > MAX_STDERR_BYTES:
                 self._stop(Ended.OUTPUT, scope)
 
     async def _watch_processes(self, scope: trio.CancelScope) -> None:
         while True:
             begun = thread_time()
+            self._pass_report_on()
             over = self._over_limit()
             if over is not None:
                 self._stop(over, scope)
             await trio.sleep(max(WATCH_SECONDS, (thread_time() - begun) / WATCH_SHARE))
+
+    def _pass_report_on(self) -> None:
+        """Tell the latest progress, so that a program which reports without end is told of seldom."""
+        if self._report is not None:
+            self._on_progress(*self._report)
+            self._report = None
 
     def _over_limit(self) -> Ended | None:
         processes = tree.descendants(self._process.pid)
@@ -207,14 +216,15 @@ class _Run:
             return Ended.MEMORY
         return None
 
-    async def _watch_folder(
-        self, folder: Path, files: int, stored_bytes: int, scope: trio.CancelScope
-    ) -> None:
+    async def _watch_folder(self, folder: Path, before: FolderUsage, scope: trio.CancelScope) -> None:
         while True:
             begun = trio.current_time()
             now = await trio.to_thread.run_sync(measure_folder, folder)
-            over_files = now.files - files > self._limits.files
-            if over_files or now.stored_bytes - stored_bytes > self._limits.file_bytes:
+            if (
+                now.files - before.files > self._limits.files
+                or now.stored_bytes - before.stored_bytes > self._limits.file_bytes
+                or not now.is_countable
+            ):
                 self._stop(Ended.FILES, scope)
             await trio.sleep(max(FOLDER_SECONDS, (trio.current_time() - begun) / WATCH_SHARE))
 
