@@ -82,7 +82,7 @@ class TlsStream:
 
     def _encrypt_next(self) -> bool:
         """Make the next piece ready to be sent; tell whether there is one."""
-        if self._plain:
+        while self._plain and self._outgoing.pending < _PIECE_BYTES:
             waiting = self._plain.popleft()
             self._tls.write(waiting[:_PIECE_BYTES])
             if len(waiting) > _PIECE_BYTES:

@@ -1,8 +1,7 @@
 """Links over WebSocket (RFC 6455) over TLS 1.3 over TCP.
 
 The protocol is the sans-I/O core of `websockets`, driven here: subprotocol `klp.1`, path `/klp`, binary
-messages alone, no extensions, no compression. A message is a frame of the link. There is no task inside
-a link: the callers' tasks move the bytes.
+messages alone, no extensions, no compression.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import errno
 import logging
 import socket
 import ssl
-from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -20,10 +17,10 @@ from pathlib import Path
 import structlog
 import trio
 from websockets.client import ClientProtocol
-from websockets.exceptions import InvalidState, WebSocketException
-from websockets.frames import DATA_OPCODES, CloseCode, Frame, Opcode
+from websockets.exceptions import WebSocketException
+from websockets.frames import Frame
 from websockets.http11 import Request, Response
-from websockets.protocol import State
+from websockets.protocol import Event, State
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
@@ -32,8 +29,9 @@ from knode.errors import Code, KnodeError
 from knode.transport.address import join_address, split_address
 from knode.transport.certificate import certificate_of, channel_binding, client_context, server_context
 from knode.transport.interfaces import interface_addresses
-from knode.transport.link import MAX_FRAME_BYTES, Accept, LinkClosed, LinkStatistics
+from knode.transport.link import MAX_FRAME_BYTES, Accept, LinkClosed
 from knode.transport.tls import TlsStream
+from knode.transport.websocket_link import WebSocketLink, send_queued
 
 SUBPROTOCOL = Subprotocol("klp.1")
 PATH = "/klp"
@@ -41,7 +39,6 @@ OPENING_SECONDS = 10
 OPENINGS_AT_ONCE = 64
 OPENING_BYTES = 16 * 1024
 """How large the HTTP request or answer that opens a link may be, but for its last TLS record."""
-CLOSE_SECONDS = 2
 
 _BACKLOG = 128
 # a silent peer is found by KLP's keepalive within seconds; these end links that nobody keeps alive
@@ -53,187 +50,13 @@ _core_log = logging.getLogger("knode.websockets")
 _core_log.setLevel(logging.ERROR)
 
 
-class WebSocketLink:
-    """One end of an open connection. See `Link` for the contract."""
-
-    carrier = "websocket"
-
-    def __init__(
-        self,
-        stream: TlsStream,
-        protocol: ClientProtocol | ServerProtocol,
-        remote_address: str,
-        binding: bytes,
-        behind: Sequence[Frame | Request | Response],
-    ) -> None:
-        self.remote_address = remote_address
-        self.channel_binding = binding
-        self.statistics = LinkStatistics()
-        self._stream = stream
-        self._protocol = protocol
-        self._pumping = trio.Lock()
-        self._frames: deque[bytes] = deque()
-        self._fragments = bytearray()
-        self._fault: str | None = None
-        self._closed_why: str | None = None
-        self._take(behind)  # what came right behind the opening
-
-    async def send_frame(self, frame: bytes | bytearray | memoryview) -> None:
-        """Send one frame; see `Link.send_frame`."""
-        size = len(frame)
-        if not 0 < size <= MAX_FRAME_BYTES:
-            raise ValueError(f"a frame has 1 to {MAX_FRAME_BYTES} bytes, not {size}")
-        await trio.lowlevel.checkpoint_if_cancelled()
-        self._check_open()
-        try:
-            self._protocol.send_binary(frame)
-        except InvalidState:
-            raise LinkClosed("it is being closed") from None
-        try:
-            await self._flush()
-        except BaseException:
-            # the other end has half a message, and nobody will send the rest
-            self._drop("a frame was cancelled while it was sent")
-            raise
-        self.statistics.frames_sent += 1
-        self.statistics.bytes_sent += size
-
-    async def receive_frame(self) -> bytes:
-        """Return the next frame; see `Link.receive_frame`."""
-        if self._frames:
-            await trio.lowlevel.checkpoint()
-        while not self._frames:
-            self._check_open()
-            await self._pump()
-        frame = self._frames.popleft()
-        self.statistics.frames_received += 1
-        self.statistics.bytes_received += len(frame)
-        return frame
-
-    async def aclose(self) -> None:
-        """Close; see `Link.aclose`."""
-        try:
-            with trio.move_on_after(CLOSE_SECONDS), suppress(LinkClosed):
-                await trio.lowlevel.checkpoint()
-                if self._protocol.state is State.OPEN:
-                    self._protocol.send_close(CloseCode.NORMAL_CLOSURE)
-                    await self._flush()
-                while self._closed_why is None:
-                    await self._pump()
-                    self._frames.clear()  # nobody wants them any more
-        finally:
-            self._frames.clear()
-            self._drop("it was closed here")
-
-    def _check_open(self) -> None:
-        if self._closed_why is not None:
-            raise LinkClosed(self._closed_why)
-
-    def _drop(self, why: str) -> None:
-        """Close the socket, without a good-bye. The first reason stays."""
-        if self._closed_why is None:
-            self._closed_why = why
-        self._stream.close()
-
-    async def _flush(self) -> None:
-        """Hand what the protocol has to say to the kernel. Raises LinkClosed."""
-        for data in self._protocol.data_to_send():
-            if data:  # an empty one asks to end the TCP connection: `_drop` does
-                self._stream.queue(data)
-        try:
-            await self._stream.flush()
-        except (OSError, trio.ClosedResourceError) as error:
-            self._drop(f"the connection broke ({error})")
-            raise LinkClosed(self._closed_why or "") from error
-
-    async def _pump(self) -> None:
-        """Read once, keep the frames that came, answer pings and a close.
-
-        When nothing more will come, `_closed_why` says why. Cancelling loses nothing: what was read is in
-        `_frames`, what is unsent stays queued.
-        """
-        try:
-            self._pumping.acquire_nowait()  # `acquire` would cost a turn of the loop
-        except trio.WouldBlock:  # `aclose` reads as well as the task that receives
-            await self._pumping.acquire()
-        try:
-            if self._closed_why is None:
-                await self._read_once()
-        finally:
-            self._pumping.release()
-
-    async def _read_once(self) -> None:
-        try:
-            pieces = await self._stream.receive()
-        except (OSError, trio.ClosedResourceError) as error:
-            self._drop(f"the connection broke ({error})")
-            return
-        for piece in pieces:
-            self._protocol.receive_data(piece)
-        if not pieces:
-            self._protocol.receive_eof()
-        self._take(self._protocol.events_received())
-        if (why := self._ending()) is not None:
-            try:
-                with trio.move_on_after(CLOSE_SECONDS), suppress(LinkClosed):
-                    await self._flush()  # our part of the good-bye
-            finally:
-                self._drop(why)
-        elif self._protocol.writes:
-            with suppress(LinkClosed):  # `_closed_why` says it, behind the frames that came
-                await self._flush()
-
-    def _ending(self) -> str | None:
-        """Tell why nothing more is read; None while the connection is good."""
-        if self._fault is not None:
-            return self._fault
-        match self._protocol.parser_exc:
-            case None:
-                if self._protocol.close_rcvd is None:
-                    return None
-                return (
-                    f"it was closed {'by the other end' if self._protocol.close_rcvd_then_sent else 'here'}"
-                )
-            case EOFError():
-                return "the connection ended without a good-bye"
-            case error:
-                return f"the other end sent what is no frame ({error})"
-
-    def _take(self, events: Sequence[Frame | Request | Response]) -> None:
-        """Put messages together from what the protocol gave."""
-        for event in events:
-            if self._fault is not None:
-                return
-            if not isinstance(event, Frame) or event.opcode not in DATA_OPCODES:
-                continue
-            if event.opcode is Opcode.TEXT:
-                self._refuse(CloseCode.UNSUPPORTED_DATA, "the other end sent text")
-            elif event.opcode is Opcode.BINARY and event.fin:
-                self._take_message(event.data)
-            else:
-                self._fragments += event.data
-                if event.fin:
-                    self._take_message(self._fragments)
-                    self._fragments = bytearray()
-
-    def _take_message(self, data: bytes | bytearray | memoryview) -> None:
-        if data:
-            self._frames.append(bytes(data))
-        else:
-            self._refuse(CloseCode.PROTOCOL_ERROR, "the other end sent an empty frame")
-
-    def _refuse(self, code: CloseCode, why: str) -> None:
-        self._fault = why
-        self._protocol.fail(code, why)
-
-
 class _NotOpened(Exception):
     """The other end does not open a link as it should."""
 
 
 async def _first_event(
     stream: TlsStream, protocol: ClientProtocol | ServerProtocol
-) -> tuple[Request | Response, list[Frame | Request | Response]]:
+) -> tuple[Request | Response, list[Event]]:
     """Return the HTTP request or answer, and what came behind it."""
     received_bytes = 0
     while True:
@@ -245,20 +68,13 @@ async def _first_event(
         if not pieces:
             protocol.receive_eof()
         if protocol.handshake_exc is not None:
-            await _flush_opening(stream, protocol)  # the HTTP error that tells the other end why
+            await send_queued(stream, protocol)  # the HTTP error that tells the other end why
             raise _NotOpened(str(protocol.handshake_exc))
         if received_bytes >= OPENING_BYTES:
             raise _NotOpened(f"its opening has more than {OPENING_BYTES} bytes")
         events = protocol.events_received()
         if events and not isinstance(events[0], Frame):
             return events[0], events[1:]
-
-
-async def _flush_opening(stream: TlsStream, protocol: ClientProtocol | ServerProtocol) -> None:
-    for data in protocol.data_to_send():
-        if data:
-            stream.queue(data)
-    await stream.flush()
 
 
 async def _open_as_server(
@@ -282,7 +98,7 @@ async def _open_as_server(
     else:
         answer = protocol.reject(HTTPStatus.NOT_FOUND, f"Links are at {PATH}.\n")
     protocol.send_response(answer)
-    await _flush_opening(stream, protocol)
+    await send_queued(stream, protocol)
     if protocol.state is not State.OPEN:
         raise _NotOpened(f"it asked for what is not here: HTTP {answer.status_code}")
     return WebSocketLink(stream, protocol, remote, binding, ())
@@ -302,7 +118,7 @@ async def _open_as_client(
         logger=_core_log,
     )
     protocol.send_request(protocol.connect())
-    await _flush_opening(stream, protocol)
+    await send_queued(stream, protocol)
     _, behind = await _first_event(stream, protocol)
     if protocol.subprotocol != SUBPROTOCOL:
         raise _NotOpened(f"it does not speak {SUBPROTOCOL}")
@@ -401,8 +217,15 @@ class WebSocketCarrier:
             host: an address or a name of this machine; "" and "::" take IPv6 and IPv4, "0.0.0.0" IPv4 alone.
             port: 0 takes a free one.
         """
-        context = server_context(self._certificate_path)
-        binding = channel_binding(certificate_of(self._certificate_path.read_text()))
+        try:
+            context = server_context(self._certificate_path)
+            binding = channel_binding(certificate_of(self._certificate_path.read_text()))
+        except (OSError, ValueError) as error:
+            raise KnodeError(
+                Code.HOME_DAMAGED,
+                f"{self._certificate_path} holds no TLS key and certificate ({error})",
+                "remove it: the next start makes a new one",
+            ) from error
         try:
             if host not in ("", "::"):
                 found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

@@ -13,7 +13,8 @@ import trio
 
 from knode.transport import Carrier, Link
 from knode.transport.memory import MemoryLink, MemoryNetwork, MemorySettings
-from knode.transport.websocket import WebSocketCarrier, WebSocketLink
+from knode.transport.websocket import WebSocketCarrier
+from knode.transport.websocket_link import WebSocketLink
 
 
 class SeededRandomness:

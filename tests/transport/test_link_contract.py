@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -343,6 +344,43 @@ async def test_closing_ends_a_send_and_a_receive_that_wait(tenfold_clock: MockCl
             await near.aclose()
             assert trio.current_time() - started < 8
     assert len(closed) == 2
+
+
+async def test_who_receives_while_the_link_is_closed_here_sees_no_gap(
+    tenfold_clock: MockClock, pair: Pair
+) -> None:
+    near, far = pair
+    received: list[bytes] = []
+
+    async def send() -> None:
+        with suppress(LinkClosed):
+            for number in range(65_536):
+                await far.send_frame(number.to_bytes(2))
+
+    async def receive() -> None:
+        with suppress(LinkClosed):
+            while True:
+                received.append(await near.receive_frame())
+                await trio.sleep(0.002)
+
+    with trio.fail_after(LIMIT_SECONDS):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            nursery.start_soon(receive)
+            await trio.sleep(0.1)
+            await near.aclose()
+    assert received == [number.to_bytes(2) for number in range(len(received))]
+
+
+async def test_a_peer_that_closes_while_both_send_ends_everything_with_link_closed(pair: Pair) -> None:
+    _, far = pair
+    with trio.fail_after(LIMIT_SECONDS):
+        async with trio.open_nursery() as nursery:
+            for link in pair:
+                nursery.start_soon(send_until_closed, link)
+                nursery.start_soon(receive_until_closed, link)
+            await trio.sleep(0.05)
+            await far.aclose()
 
 
 async def receive_one(link: Link) -> bytes:

@@ -480,6 +480,18 @@ async def test_a_port_that_another_program_holds_is_named(certificate: Path) -> 
     assert raised.value.next_step
 
 
+@pytest.mark.parametrize(
+    "content", [None, b"", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"]
+)
+async def test_a_damaged_certificate_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "tls.pem"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(KnodeError, match="holds no TLS key and certificate") as raised:
+        await WebSocketCarrier(path).listen("127.0.0.1", 0)
+    assert raised.value.code is Code.HOME_DAMAGED
+
+
 @pytest.mark.parametrize("host", ["203.0.113.7", "2001:db8::7", "no.such.host.invalid", "not a host"])
 async def test_an_address_that_is_not_ours_is_refused(certificate: Path, host: str) -> None:
     with pytest.raises(KnodeError, match="cannot listen on") as raised:
