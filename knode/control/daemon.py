@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import trio
 
@@ -45,7 +46,12 @@ def run_daemon(home: Home, *, flags: Mapping[str, str], foreground: bool) -> int
         try:
             trio.run(_serve, world, home, configuration, log, strict_exception_groups=True)
         except BaseExceptionGroup as group:
-            raise _first_named(group) from group
+            error = _first_named(group)
+            if isinstance(error, KnodeError):
+                log.logger.warning("node cannot go on", code=error.code, why=str(error))
+            else:
+                log.logger.exception("node failed")
+            raise error from group
         finally:
             log.close()
     return EXIT_OK
@@ -53,38 +59,39 @@ def run_daemon(home: Home, *, flags: Mapping[str, str], foreground: bool) -> int
 
 async def _serve(world: World, home: Home, configuration: Configuration, log: OpenLog) -> None:
     settings = configuration.values
-    choice = await _sandbox(world, home, settings.sandbox.prefer)
-    machine = Machine(os.cpu_count() or 1, _busy_percent, choice.sandbox, choice.problems)
-    carriers = {"websocket": WebSocketCarrier(home.certificate)}
-    node = await Node.open(world, home, settings, carriers, machine, log.logger)
-    stop = trio.Event()
-    methods = ControlMethods(node, log.lines, stop.set)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_await_signal, stop)
-        await nursery.start(node.run)
-        hello = {"protocol": PROTOCOL, "version": __version__}
 
-        async def answer(*, task_status: trio.TaskStatus[None]) -> None:
-            await serve(
+        def stop() -> None:
+            log.logger.info("node goes down")
+            nursery.cancel_scope.cancel()
+
+        # From here on a signal ends even a start in order.
+        await nursery.start(_stop_at_signal, stop)
+        choice = await _sandbox(world, home, settings.sandbox.prefer)
+        machine = Machine(os.cpu_count() or 1, _busy_percent, choice.sandbox, choice.problems)
+        carriers = {"websocket": WebSocketCarrier(home.certificate)}
+        node = await Node.open(world, home, settings, carriers, machine, log.logger)
+        await nursery.start(node.run)
+        await nursery.start(
+            partial(
+                serve,
                 home.socket,
-                methods.table(),
-                hello=hello,
+                ControlMethods(node, log.lines, stop).table(),
+                hello={"protocol": PROTOCOL, "version": __version__},
                 on_fault=lambda method, error: log.logger.error(
                     "a command failed", method=method, exc_info=error
                 ),
-                task_status=task_status,
             )
-
-        await nursery.start(answer)
-        await stop.wait()
-        log.logger.info("node goes down")
-        nursery.cancel_scope.cancel()
+        )
 
 
-async def _await_signal(stop: trio.Event) -> None:
+async def _stop_at_signal(
+    stop: Callable[[], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
         async for _ in signals:
-            stop.set()
+            stop()
 
 
 async def _sandbox(world: World, home: Home, prefer: str) -> Choice:

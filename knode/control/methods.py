@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import trio
+from msgspec import Meta
 
 from knode.agents.registry import AgentEntry
 from knode.control.server import Handler, Notify
@@ -27,6 +28,8 @@ from knode.tasks.task import Task
 T = TypeVar("T")
 LOG_LINES_READ = 1000
 LOG_TAIL_BYTES = 1024 * 1024
+AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\x00]*\Z")]
+"""The daemon's own working folder is nobody's."""
 
 
 class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,7 +53,13 @@ class OfNode(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A member's name, id or start of an id."""
 
     node: str
-    count: int = 4
+
+
+class OfPings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member, and how often it is pinged."""
+
+    node: str
+    count: Annotated[int, Meta(ge=1, le=100)] = 4
 
 
 class OfMemberRole(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,7 +78,7 @@ class OfAgent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class OfPath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A folder of this machine."""
 
-    path: str
+    path: AbsolutePath
 
 
 class OfTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,9 +90,9 @@ class OfTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class OfSubmission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A task to be done."""
 
-    agent: str
+    agent: Annotated[str, Meta(max_length=64)]
     input: str = ""
-    artifacts: tuple[str, ...] = ()
+    artifacts: tuple[AbsolutePath, ...] = ()
     on: str | None = None
     direct: bool = False
     deadline_s: float | None = None
@@ -93,7 +102,7 @@ class OfSubmission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class OfLog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many of the last lines, and whether to go on with new ones."""
 
-    lines: int = 20
+    lines: Annotated[int, Meta(ge=0, le=LOG_LINES_READ)] = 20
     follow: bool = False
 
 
@@ -104,6 +113,7 @@ class ControlMethods:
         self._node = node
         self._lines = lines
         self._stop = stop
+        self._registry_turn = trio.Lock()
 
     def table(self) -> Mapping[str, Handler]:
         """Return every method by its name."""
@@ -115,7 +125,7 @@ class ControlMethods:
             "join": _typed(OfTicket, self._join),
             "peer.list": _typed(Nothing, self._list_peers),
             "peer.show": _typed(OfNode, self._show_peer),
-            "peer.ping": _typed(OfNode, self._ping_peer),
+            "peer.ping": _typed(OfPings, self._ping_peer),
             "member.list": _typed(Nothing, self._list_members),
             "member.role": _typed(OfMemberRole, self._change_role),
             "member.revoke": _typed(OfNode, self._revoke),
@@ -185,10 +195,8 @@ class ControlMethods:
     async def _show_peer(self, of: OfNode, notify: Notify) -> Any:
         return peer_document(self._node, self._other(of.node))
 
-    async def _ping_peer(self, of: OfNode, notify: Notify) -> Any:
+    async def _ping_peer(self, of: OfPings, notify: Notify) -> Any:
         member = self._other(of.node)
-        if not 1 <= of.count <= 100:
-            raise KnodeError(Code.INVALID_ARGUMENT, "a peer is pinged 1 to 100 times")
         peer = self._node.peers.peer(member.key)
         times: list[float] = []
         for number in range(of.count):
@@ -235,27 +243,31 @@ class ControlMethods:
         return self._agent(entry) | {"capabilities": manifest["capabilities"], "limits": manifest["limits"]}
 
     async def _install_agent(self, of: OfPath, notify: Notify) -> Any:
-        registry, path = self._node.registry, Path(of.path)
-        manifest = await self._node.world.blocking.run(lambda: registry.install(path))
-        self._node.tasks.offer()
+        registry = self._node.registry
+        manifest = await self._change_registry(lambda: registry.install(Path(of.path)))
         self._node.log.info("agent installed", agent=manifest.id, version=manifest.version)
         return self._agent(registry.show(manifest.id))
 
     async def _start_agent(self, of: OfAgent, notify: Notify) -> Any:
-        self._node.registry.start(of.agent)
-        self._node.tasks.offer()
+        await self._change_registry(lambda: self._node.registry.start(of.agent))
         return self._agent(self._node.registry.show(of.agent))
 
     async def _stop_agent(self, of: OfAgent, notify: Notify) -> Any:
-        self._node.registry.stop(of.agent)
-        self._node.tasks.offer()
+        await self._change_registry(lambda: self._node.registry.stop(of.agent))
         return self._agent(self._node.registry.show(of.agent))
+
+    async def _change_registry(self, change: Callable[[], T]) -> T:
+        """Change which agents run here, one change at a time, and tell everybody."""
+        async with self._registry_turn:
+            result = await self._node.world.blocking.run(change)
+        self._node.offers.announce()
+        return result
 
     def _agent(self, entry: AgentEntry) -> dict[str, Any]:
         nodes: list[str] = []
         if self._node.membership.in_cell:
             members = self._node.membership.roster.members.values()
-            nodes = [m.name for m in members if entry.manifest.id in self._node.tasks.offers(m)]
+            nodes = [m.name for m in members if entry.manifest.id in self._node.offers.of(m.key)]
         return {
             "id": entry.manifest.id,
             "version": entry.manifest.version,
@@ -318,23 +330,25 @@ class ControlMethods:
     # The log.
 
     async def _tail(self, of: OfLog, notify: Notify) -> Any:
-        if not 0 <= of.lines <= LOG_LINES_READ:
-            raise KnodeError(Code.INVALID_ARGUMENT, f"at most {LOG_LINES_READ} lines back are shown")
+        disk, file = self._node.world.disk, self._node.home.log_file
         with self._lines.subscribe() as coming:
-            for line in await self._node.world.blocking.run(lambda: self._last_lines(of.lines)):
+            # What is written from now on comes by the subscription, and must not be read as well.
+            size = disk.size(file) if disk.exists(file) else 0
+            for line in await self._node.world.blocking.run(lambda: self._last_lines(of.lines, size)):
                 notify({"line": line})
             if of.follow:
                 async for line in coming:
                     notify({"line": line})
         return None
 
-    def _last_lines(self, count: int) -> list[str]:
-        disk, file = self._node.world.disk, self._node.home.log_file
-        if count == 0 or not disk.exists(file):
+    def _last_lines(self, count: int, size: int) -> list[str]:
+        """Return the last lines of the first `size` bytes of the log file, as far as LOG_TAIL_BYTES reach."""
+        begin = max(0, size - LOG_TAIL_BYTES)
+        if count == 0 or size == 0:
             return []
-        size = disk.size(file)
-        data = disk.read_at(file, max(0, size - LOG_TAIL_BYTES), LOG_TAIL_BYTES)
-        return data.decode("utf-8", "replace").splitlines()[-count:]
+        data = self._node.world.disk.read_at(self._node.home.log_file, begin, size - begin)
+        lines = data.decode("utf-8", "replace").splitlines()
+        return lines[1 if begin else 0 :][-count:]
 
     # Members by what people call them.
 

@@ -11,13 +11,13 @@ from knode import __version__
 from knode.agents.registry import Registry
 from knode.agents.runtime import Runner
 from knode.agents.sandbox import Sandbox
-from knode.errors import Code, KnodeError
+from knode.errors import KnodeError
 from knode.home.configuration import Settings
 from knode.home.layout import Home
 from knode.identity import KeyPair, PublicKey
 from knode.identity.keystore import load_key
 from knode.klp.messages import Load
-from knode.mesh.contact import Contact, SignedContact, sign_contact
+from knode.mesh.contact import MAX_ADDRESSES, Contact, SignedContact, sign_contact
 from knode.mesh.gossip import Gossip
 from knode.mesh.joining import Joining, Welcome
 from knode.mesh.membership import SCHEMA as MESH_SCHEMA
@@ -29,6 +29,8 @@ from knode.mesh.roster import Role
 from knode.mesh.ticket import Ticket
 from knode.storage import Database
 from knode.tasks.direct import DirectTasks
+from knode.tasks.folders import Folders
+from knode.tasks.offers import Offers
 from knode.tasks.worker import Worker
 from knode.transport import Carrier, Listener
 from knode.world import Log, World
@@ -93,21 +95,23 @@ class Node:
         self.pinging = Pinging(world, self.methods)
         self.registry = Registry(world, home.agents, key, self._is_publisher_trusted)
         self.runner = Runner(world, self.registry, machine.sandbox, home.attempts)
+        self.offers = Offers(key.public, self.peers, self.registry, self.runner)
         self.worker = Worker(
             world,
             self.runner,
-            home.attempts,
+            Folders(world, home.attempts, log, task_bytes=settings.tasks.artifact_bytes),
+            self.membership,
+            self.peers,
             self.methods,
             log,
             running=settings.tasks.running or machine.cores,
             queued=settings.tasks.queued,
-            artifact_bytes=settings.tasks.artifact_bytes,
         )
-        self.tasks = DirectTasks(
-            world, self.membership, self.peers, self.worker, self.runner, self.registry, log
-        )
+        self.tasks = DirectTasks(world, self.membership, self.peers, self.offers, self.worker, log)
         self._database = database
         self._listeners: list[Listener] = []
+        self._going_down = trio.Event()
+        self._joining = trio.Lock()
 
     @classmethod
     async def open(
@@ -148,23 +152,33 @@ class Node:
             node = self.settings.node
             self._listeners = await self.peers.listen(node.host, node.port)
             async with trio.open_nursery() as nursery:
-                await nursery.start(self.peers.run, self._listeners)
-                nursery.start_soon(self.gossip.run)
-                nursery.start_soon(self.worker.run)
-                await nursery.start(self.tasks.run)
-                nursery.start_soon(self._keep_contact)
-                self.log.info("node is up", node=self.key.node_id, addresses=self.addresses)
+                await nursery.start(self._work)
                 task_status.started()
                 try:
                     await trio.sleep_forever()
                 finally:
-                    with trio.CancelScope(shield=True):
-                        await self.peers.leave()
+                    self._going_down.set()
         finally:
             with trio.CancelScope(shield=True):
                 for listener in self._listeners:
                     await listener.aclose()
                 await self._database.aclose()
+
+    async def _work(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Run the rooms. Cancelling does not reach them before the good-byes are said."""
+        async with trio.open_nursery() as nursery:
+            nursery.cancel_scope.shield = True
+            await nursery.start(self.worker.run)
+            await nursery.start(self.tasks.run)
+            self.offers.announce()
+            await nursery.start(self.peers.run, self._listeners)
+            nursery.start_soon(self.gossip.run)
+            nursery.start_soon(self._keep_contact)
+            self.log.info("node is up", node=self.key.node_id, addresses=self.addresses)
+            task_status.started()
+            await self._going_down.wait()
+            await self.peers.leave()
+            nursery.cancel_scope.cancel()
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -178,7 +192,8 @@ class Node:
 
     async def join(self, ticket: Ticket, name: str | None) -> Welcome:
         """Join the cell of a ticket; see `Joining.join`."""
-        welcome = await self.joining.join(ticket, name or self.settings.node.name, self._contact())
+        async with self._joining:
+            welcome = await self.joining.join(ticket, name or self.settings.node.name, self._contact())
         await self._tell_contact()
         return welcome
 
@@ -190,25 +205,25 @@ class Node:
         return self.membership.in_cell and publisher.raw in self.membership.roster.members
 
     def _contact(self) -> SignedContact:
-        body = Contact(self.key.public.raw, self.addresses[:16], __version__, self.world.clock.wall())
-        return sign_contact(self.key, body)
+        """Sign this node's addresses; later than what it signed before, whatever the clock says."""
+        last = self.membership.contacts.get(self.key.public.raw)
+        issued = max(self.world.clock.wall(), last.body.issued + 1 if last is not None else 0)
+        return sign_contact(
+            self.key, Contact(self.key.public.raw, self.addresses[:MAX_ADDRESSES], __version__, issued)
+        )
 
     async def _tell_contact(self) -> None:
-        """Sign and tell this node's addresses, when they are not those that were told last."""
+        """Tell this node's addresses, when they are not those that were told last."""
         if not self.membership.in_cell:
             return
         last = self.membership.contacts.get(self.key.public.raw)
-        contact = self._contact()
-        if last is None or (last.body.addresses, last.body.version) != (
-            contact.body.addresses,
-            contact.body.version,
-        ):
-            try:
-                self.gossip.push_contacts(await self.membership.add_contacts([contact]))
-            except KnodeError as error:
-                if error.code not in (Code.DISK_FULL, Code.DISK_READ_ONLY):
-                    raise
-                self.log.warning("addresses not kept", why=str(error))
+        told = None if last is None else (last.body.addresses, last.body.version)
+        if told == (self.addresses[:MAX_ADDRESSES], __version__):
+            return
+        try:
+            self.gossip.push_contacts(await self.membership.add_contacts([self._contact()]))
+        except KnodeError as error:  # of the disk: others still find this node as they did
+            self.log.warning("addresses not kept", why=str(error))
 
     async def _keep_contact(self) -> None:
         """Notice when the machine's addresses change."""

@@ -66,7 +66,7 @@ def peer_document(node: Node, member: Member) -> dict[str, Any]:
         "address": conversation.link.remote_address if conversation else None,
         "addresses": list(contact.body.addresses) if contact else [],
         "version": contact.body.version if contact else None,
-        "agents": sorted(node.tasks.offers(member)),
+        "agents": sorted(node.offers.of(member.key)),
         "load": None
         if load is None
         else {

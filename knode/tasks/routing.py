@@ -15,6 +15,7 @@ from knode.mesh.liveness import PeerState
 from knode.mesh.roster import Role
 
 RUNNING_ROLES = frozenset({Role.ADMIN, Role.WORKER})
+NAMED_AT_MOST = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +36,31 @@ class Candidate:
     """0 for the routing node itself."""
 
 
-def obstacle(candidate: Candidate, agent: str) -> str:
-    """Return why a node cannot run the agent now; empty when it can."""
+def obstacle(candidate: Candidate, agent: str) -> tuple[Code, str] | None:
+    """Return why a node cannot run the agent now, with its code; None when it can."""
     if candidate.role not in RUNNING_ROLES:
-        return f"its role is {candidate.role}"
-    if candidate.state in (PeerState.FAILED, PeerState.LEFT):
-        return f"it has {candidate.state}"
+        return Code.NOT_ALLOWED, f"its role is {candidate.role}"
+    if candidate.state is not PeerState.ALIVE:
+        return Code.UNAVAILABLE, f"it is {candidate.state}"
     if agent not in candidate.agents:
-        return "it does not have the agent"
-    return ""
+        return Code.NO_AGENT, "it does not have the agent"
+    return None
+
+
+def demand(candidate: Candidate, agent: str) -> None:
+    """Check that this very node can run the agent.
+
+    Raises:
+        KnodeError: NOT_ALLOWED by its role, UNAVAILABLE when it is not here, NO_AGENT.
+    """
+    found = obstacle(candidate, agent)
+    if found is not None:
+        code, why = found
+        raise KnodeError(
+            code,
+            f"{candidate.name} cannot run {agent}: {why}",
+            "'knode agent list' shows which agents run where; without --on the best node is chosen",
+        )
 
 
 def choose(candidates: Iterable[Candidate], agent: str) -> Candidate:
@@ -53,15 +70,16 @@ def choose(candidates: Iterable[Candidate], agent: str) -> Candidate:
         KnodeError: NO_ELIGIBLE_NODE, saying for up to eight nodes why not.
     """
     everyone = sorted(candidates, key=lambda candidate: candidate.node_id)
-    able = [candidate for candidate in everyone if not obstacle(candidate, agent)]
-    if not able:
-        reasons = ", ".join(f"{c.name}: {obstacle(c, agent)}" for c in everyone[:8])
-        raise KnodeError(
-            Code.NO_ELIGIBLE_NODE,
-            f"no node can run {agent} now ({reasons or 'there is none'})",
-            "'knode agent list' shows which agents run where",
-        )
-    return min(able, key=_score)
+    obstacles = [obstacle(candidate, agent) for candidate in everyone]
+    able = [candidate for candidate, found in zip(everyone, obstacles, strict=True) if found is None]
+    if able:
+        return min(able, key=_score)
+    reasons = [f"{c.name}: {found[1]}" for c, found in zip(everyone, obstacles, strict=True) if found]
+    raise KnodeError(
+        Code.NO_ELIGIBLE_NODE,
+        f"no node can run {agent} now ({', '.join(reasons[:NAMED_AT_MOST]) or 'there is none'})",
+        "'knode agent list' shows which agents run where",
+    )
 
 
 def _score(candidate: Candidate) -> tuple[bool, float, float, str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from base64 import b64encode
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import trio
 
 from knode.errors import KnodeError
@@ -16,6 +16,8 @@ from knode.tasks.lifecycle import TRANSITIONS, Outcome, State, outcome_of
 
 MAX_PROGRESS = 100
 """Reports kept for whoever begins to watch late."""
+MAX_DEPTH = 32
+"""Of a result that is shown as JSON."""
 
 
 @dataclass(eq=False)
@@ -101,14 +103,30 @@ class Task:
 
 
 def _readable(output: bytes) -> Any:
-    """Return an object or array for JSON output, text for text, base64 for the rest."""
+    """Return an object or array for JSON output, text for text, base64 for the rest.
+
+    JSON that goes deeper than MAX_DEPTH, or that cannot be written again, is text: an agent must not be
+    able to make a program that lists tasks stumble.
+    """
     try:
         text = output.decode()
     except UnicodeDecodeError:
         return {"base64": b64encode(output).decode()}
     if text.lstrip()[:1] in ("{", "["):
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            value = msgspec.json.decode(output)
+            if _depth(value) <= MAX_DEPTH:
+                msgspec.json.encode(value)
+                return value
+        except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
             return text
     return text
+
+
+def _depth(value: object) -> int:
+    match value:
+        case dict():
+            return 1 + max(map(_depth, value.values()), default=0)
+        case list():
+            return 1 + max(map(_depth, value), default=0)
+    return 0

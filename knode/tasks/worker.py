@@ -1,58 +1,67 @@
-"""The node that runs an attempt: staging its files, waiting for a free place, running, answering."""
+"""The node that runs an attempt: taking its files, waiting for a free place, running, answering."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
 from knode.agents.runtime import Attempt, Progress, Runner
 from knode.errors import Code, KnodeError
+from knode.identity import PublicKey
 from knode.klp.codec import encode
 from knode.klp.messages import Load
+from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
-from knode.mesh.roster import Role
+from knode.mesh.peers import Peers
+from knode.tasks.folders import Folders
 from knode.tasks.messages import NO_FRACTION, Ran, Report, Run, Stage
+from knode.tasks.routing import RUNNING_ROLES
 from knode.world import Log, World
 
-STAGED_FOR_S = 60.0
-"""How long staged files wait for their task."""
-STAGED_TASKS = 64
-WRITE_BYTES = 1024 * 1024
-"""How much is gathered before it goes to the disk."""
+SWEEP_S = 5.0
+"""How often it looks for files that nobody came for and attempts that nobody waits for."""
+ABANDONED_AFTER_S = 10.0
+"""How long an attempt goes on while its submitter is away. The submitter gives up as soon."""
 
-MAY_SUBMIT = frozenset({Role.ADMIN, Role.WORKER, Role.VOTER, Role.OBSERVER})
+OnProgress = Callable[[Progress], None]
 
 
 class Worker:
-    """Runs attempts: at most `running` at once, at most `queued` waiting, the rest is refused."""
+    """Runs attempts: at most `running` at once, at most `queued` waiting, the rest is refused.
+
+    An attempt ends when its agent does, at its deadline, when its submitter cancels it, and some 15
+    seconds after its submitter was lost or has restarted: nobody could be told its result.
+    """
 
     def __init__(
         self,
         world: World,
         runner: Runner,
-        attempts: Path,
+        folders: Folders,
+        membership: Membership,
+        peers: Peers,
         methods: Methods,
         log: Log,
         *,
         running: int,
         queued: int,
-        artifact_bytes: int,
     ) -> None:
         self._world = world
         self._runner = runner
-        self._attempts = attempts
+        self._folders = folders
+        self._membership = membership
+        self._peers = peers
         self._log = log
         self._capacity = running
         self._queue_limit = queued
-        self._artifact_bytes = artifact_bytes
         self._places = trio.Semaphore(running)
         self._admitted = 0
-        self._staged: dict[bytes, _Staging] = {}
-        methods.add("task.stage", Stage, self._answer_stage, roles=MAY_SUBMIT)
-        methods.add("task.run", Run, self._answer_run, roles=MAY_SUBMIT)
+        self._watched: set[_Watched] = set()
+        methods.add("task.stage", Stage, self._answer_stage)
+        methods.add("task.run", Run, self._answer_run)
 
     @property
     def load(self) -> Load:
@@ -60,95 +69,71 @@ class Worker:
         running = min(self._admitted, self._capacity)
         return Load(running, self._admitted - running, self._capacity, 0)
 
-    async def run(self) -> None:
-        """Remove what earlier runs left, then forget staged files that nobody came for, until cancelled."""
-        await self._world.blocking.run(self._clean)
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Remove what earlier runs left; then, until cancelled, what nobody waits for any more."""
+        await self._folders.clean()
+        task_status.started()
         while True:
-            await trio.sleep(STAGED_FOR_S / 4)
+            await trio.sleep(SWEEP_S)
+            await self._folders.expire()
             now = self._world.clock.monotonic()
-            for task, staging in list(self._staged.items()):
-                if not staging.busy and now - staging.touched_at > STAGED_FOR_S:
-                    del self._staged[task]
-                    await self._remove(task)
+            for watched in self._watched:
+                watched.stop_if_abandoned(self._boot_of(watched.submitter), now)
 
-    async def stage(self, task: bytes, name: str, chunks: AsyncIterator[bytes]) -> None:
-        """Keep a file for a task's attempt.
+    async def stage(self, owner: PublicKey, stage: Stage, chunks: AsyncIterator[bytes]) -> None:
+        """Keep a file for a task's attempt; see `Folders.keep`."""
+        await self._folders.keep(owner.raw, stage, chunks)
 
-        Raises:
-            KnodeError: TOO_LARGE over the limit for one task, RATE_LIMITED, DISK_FULL, INVALID_ARGUMENT.
-
-        When it raises or is cancelled, nothing of the task's files is left.
-        """
-        staging = self._staging(task)
-        folder = self._attempts / task.hex() / "input"
-        if name in staging.names:
-            raise KnodeError(
-                Code.INVALID_ARGUMENT, f"two files of one task are called {name!r}", "rename one"
-            )
-        staging.names.add(name)
-        staging.busy += 1
-        try:
-            await self._world.blocking.run(lambda: self._world.disk.make_folder(folder))
-            with await self._world.blocking.run(lambda: self._world.disk.create(folder / name)) as file:
-                waiting = bytearray()
-                async for chunk in chunks:
-                    staging.size += len(chunk)
-                    if staging.size > self._artifact_bytes:
-                        raise KnodeError(
-                            Code.TOO_LARGE,
-                            f"this node takes {self._artifact_bytes // 2**20} MiB of files with a task",
-                            "send less, or raise tasks.artifact_bytes there",
-                        )
-                    waiting += chunk
-                    if len(waiting) >= WRITE_BYTES:
-                        written = bytes(waiting)
-                        await self._world.blocking.run(partial(file.write, written))
-                        waiting.clear()
-                await self._world.blocking.run(partial(file.write, bytes(waiting)))
-            staging.complete.add(name)
-        except BaseException:
-            self._staged.pop(task, None)
-            with trio.CancelScope(shield=True):
-                await self._remove(task)
-            raise
-        finally:
-            staging.busy -= 1
-            staging.touched_at = self._world.clock.monotonic()
-
-    async def attempt(self, request: Run, progress: Callable[[Progress], None]) -> bytes:
+    async def attempt(self, owner: PublicKey, request: Run, trace: bytes, progress: OnProgress) -> bytes:
         """Run one attempt to its end and return the agent's output.
+
+        Args:
+            owner: the node that submitted the task, and sent its files.
+            request: what to run.
+            trace: of the submitter's log, for this node's.
+            progress: told how far the agent is.
 
         Raises:
             KnodeError: RATE_LIMITED when too many wait, NOT_FOUND for a file that was not staged,
                 EXPIRED when the deadline came first, or what the runner raises.
 
-        When it returns, raises or is cancelled, nothing of the attempt runs or lies on the disk any more.
+        When it returns, raises or is cancelled, nothing of the attempt runs or lies on the disk any more,
+        but for what the disk itself refuses to remove.
         """
-        if self._admitted >= self._capacity + self._queue_limit:
-            raise KnodeError(
-                Code.RATE_LIMITED, "this node's queue is full", "try again later, or another node"
-            )
-        staging = self._staged.pop(request.task, None)
-        self._admitted += 1
+        log = {"task": request.task.hex(), "agent": request.agent, "trace": trace[:16].hex()}
+        self._log.info("attempt begins", **log, submitter=owner.node_id)
+        started = self._world.clock.monotonic()
+        outcome: dict[str, object] = {"outcome": "stopped"}
         try:
-            if set(request.files) - (staging.complete if staging is not None else set()):
-                raise KnodeError(
-                    Code.NOT_FOUND, "a file of the task is not here (any more)", "submit it again"
-                )
-            deadline = self._world.clock.monotonic() + request.deadline_ms / 1000
-            with trio.move_on_at(deadline):
-                async with self._places:
-                    return await self._run(request, deadline, progress)
-            raise _expired()
+            output = await self._attempt(owner, request, progress)
+            outcome = {"outcome": "succeeded", "output_bytes": len(output)}
+        except KnodeError as error:
+            outcome = {"outcome": error.code, "why": error.message}
+            raise
         finally:
-            self._admitted -= 1
-            with trio.CancelScope(shield=True):
-                await self._remove(request.task)
+            seconds = round(self._world.clock.monotonic() - started, 4)
+            self._log.info("attempt ended", **log, **outcome, seconds=seconds)
+        return output
 
-    async def _run(self, request: Run, deadline: float, progress: Callable[[Progress], None]) -> bytes:
-        folder = self._attempts / request.task.hex()
-        if request.files or not self._runner.is_builtin(request.agent):
-            await self._world.blocking.run(lambda: self._world.disk.make_folder(folder))
+    async def _attempt(self, owner: PublicKey, request: Run, progress: OnProgress) -> bytes:
+        async with self._folders.claim(owner.raw, request.task, request.files) as folder:
+            if self._admitted >= self._capacity + self._queue_limit:
+                raise KnodeError(
+                    Code.RATE_LIMITED, "this node's queue is full", "try again later, or another node"
+                )
+            self._admitted += 1
+            try:
+                deadline = self._world.clock.monotonic() + request.deadline_ms / 1000
+                with trio.move_on_at(deadline):
+                    async with self._places:
+                        return await self._run(request, folder, deadline, progress)
+                raise expired()
+            finally:
+                self._admitted -= 1
+
+    async def _run(self, request: Run, folder: Path, deadline: float, progress: OnProgress) -> bytes:
+        if not self._runner.is_builtin(request.agent):
+            await self._folders.make(request.task)
         attempt = Attempt(
             task_id=request.task.hex(),
             input=request.input,
@@ -160,67 +145,76 @@ class Worker:
             return (await self._runner.run(request.agent, attempt, progress)).output
         except KnodeError as error:
             if error.code is Code.TIMEOUT:
-                raise _expired() from error
+                raise expired() from error
             raise
+
+    # What peers ask.
 
     async def _answer_stage(self, call: Call, stage: Stage) -> None:
+        self._check_role()
         if call.stream is None:
             raise KnodeError(Code.INVALID_ARGUMENT, "a file comes on a stream")
-        await self.stage(stage.task, stage.name, aiter(call.stream))
+        await self.stage(call.caller, stage, aiter(call.stream))
 
     async def _answer_run(self, call: Call, run: Run) -> Ran:
-        log = {"task": run.task.hex(), "agent": run.agent, "trace": call.context.trace[:16].hex()}
-        started = self._world.clock.monotonic()
-        self._log.info("attempt begins", **log, peer=call.caller.node_id)
+        self._check_role()
+        now = self._world.clock.monotonic()
+        watched = _Watched(call.caller, self._boot_of(call.caller), trio.CancelScope(), now)
+        self._watched.add(watched)
         try:
-            output = await self.attempt(run, lambda report: call.progress(encode(_report(report))))
-        except KnodeError as error:
-            self._log.info("attempt failed", **log, code=error.code, why=error.message)
-            raise
-        seconds = round(self._world.clock.monotonic() - started, 4)
-        self._log.info("attempt succeeded", **log, seconds=seconds, output_bytes=len(output))
-        return Ran(output)
-
-    def _staging(self, task: bytes) -> _Staging:
-        staging = self._staged.get(task)
-        if staging is None:
-            if len(self._staged) >= STAGED_TASKS:
-                raise KnodeError(
-                    Code.RATE_LIMITED, "files of too many tasks wait on this node", "try again later"
+            with watched.scope:
+                return Ran(
+                    await self.attempt(
+                        call.caller,
+                        run,
+                        call.context.trace,
+                        lambda progress: call.progress(encode(_report(progress))),
+                    )
                 )
-            staging = self._staged[task] = _Staging(self._world.clock.monotonic())
-        return staging
+        finally:
+            self._watched.remove(watched)
+        raise KnodeError(Code.CANCELLED, "the node that submitted the task is gone")
 
-    async def _remove(self, task: bytes) -> None:
-        folder = self._attempts / task.hex()
-        if self._world.disk.exists(folder):
-            await self._world.blocking.run(lambda: self._world.disk.remove(folder))
+    def _check_role(self) -> None:
+        role = self._membership.own.role
+        if role not in RUNNING_ROLES:
+            raise KnodeError(Code.NOT_ALLOWED, f"this node runs no tasks: its role is {role}")
 
-    def _clean(self) -> None:
-        for name in self._world.disk.list_folder(self._attempts):
-            self._world.disk.remove(self._attempts / name)
+    def _boot_of(self, key: PublicKey) -> bytes:
+        """Return which boot of a node is here; empty when none is."""
+        conversation = self._peers.peer(key).conversation
+        return b"" if conversation is None else conversation.established.peer_boot
 
 
-class _Staging:
-    """The files of one task that wait for it."""
+@dataclass(eq=False, slots=True)
+class _Watched:
+    """An attempt for another node."""
 
-    def __init__(self, now: float) -> None:
-        self.names: set[str] = set()
-        self.complete: set[str] = set()
-        self.size = 0
-        self.busy = 0
-        self.touched_at = now
+    submitter: PublicKey
+    boot: bytes
+    """The one that asked."""
+    scope: trio.CancelScope
+    here_at: float
+    """When the submitter was last seen here."""
+
+    def stop_if_abandoned(self, boot: bytes, now: float) -> None:
+        """Stop it when the boot that asked for it has not been here for too long."""
+        if boot and boot == self.boot:
+            self.here_at = now
+        elif now - self.here_at > ABANDONED_AFTER_S:
+            self.scope.cancel()
+
+
+def expired() -> KnodeError:
+    """Return the error of a task whose deadline came first."""
+    return KnodeError(
+        Code.EXPIRED,
+        "the task's deadline came before it was done",
+        "submit it again with a longer --deadline",
+    )
 
 
 def _report(progress: Progress) -> Report:
     fraction = progress.fraction
     permille = NO_FRACTION if fraction is None else round(1000 * min(1.0, max(0.0, fraction)))
     return Report(permille, progress.text[:200])
-
-
-def _expired() -> KnodeError:
-    return KnodeError(
-        Code.EXPIRED,
-        "the task's deadline came before it was done",
-        "submit it again with a longer --deadline",
-    )

@@ -77,7 +77,13 @@ def named_disk_errors(path: Path) -> Iterator[None]:
                 f"{path} cannot be read or written ({error.strerror})",
                 "check its owner and permissions, or choose another folder with --home",
             ) from error
-        raise
+        if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            raise KnodeError(
+                Code.INVALID_ARGUMENT, f"{path} cannot be used ({error.strerror})", "check the path"
+            ) from error
+        raise KnodeError(
+            Code.UNAVAILABLE, f"{path} cannot be read or written ({error.strerror})", "check the disk"
+        ) from error
 
 
 class RealWritableFile:
