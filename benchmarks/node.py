@@ -119,7 +119,7 @@ async def _measure(
         await nursery.start(node.run)
         await node.join(parse_ticket(ticket), None)
         [peer] = node.peers.members()
-        while not node.tasks.offers(node.membership.roster.find("daemon")):
+        while not node.offers.of(node.membership.roster.find("daemon").key):
             await trio.testing.wait_all_tasks_blocked(0.01)
         for _ in range(ROUNDS):
             seconds.setdefault("tls echo", []).append(await _on_stream(tls_port, _echo_over_tls))
