@@ -219,9 +219,10 @@ class Conversation:
             while True:
                 frame = await self.link.receive_frame()
                 self._admit(self.established)
-                for item in self.session.receive(frame):
-                    self._take(item)
+                received = self.session.receive(frame)
                 self.liveness.heard(self._clock.monotonic())
+                for item in received:
+                    self._take(item)
                 if self.session.has_output:
                     self._wake.set()
         except LinkClosed as closed:
