@@ -8,6 +8,7 @@ Whatever does not verify when it is read is listed as refused, and never run.
 from __future__ import annotations
 
 import importlib.resources
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -99,8 +100,8 @@ class Registry:
         key: the node's own key, which signs what its owner installs unsigned.
         is_publisher_trusted: whether a key other than the node's own may publish agents here.
 
-    Calls block on the disk, for up to 64 MiB of code: run `install` and `load` through
-    `World.blocking`. One task at a time.
+    Calls block on the disk, for up to 64 MiB of code: run `load`, `install` and `verify` through
+    `World.blocking`. Changes wait for one another; what is read meanwhile is the state before.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Registry:
         self._key = key
         self._is_publisher_trusted = is_publisher_trusted
         self._entries: dict[str, AgentEntry] = {}
+        self._changing = threading.Lock()
 
     def load(self) -> None:
         """Read and verify every agent, and remove code that no record names."""
@@ -137,6 +139,10 @@ class Registry:
             KnodeError: MANIFEST_INVALID, NOT_FOUND, RATE_LIMITED over 200 agents, or the disk's errors;
                 nothing is changed then.
         """
+        with self._changing:
+            return self._install(folder)
+
+    def _install(self, folder: Path) -> Manifest:
         disk = self._world.disk
         paths = list_code(folder)
         if MANIFEST_NAME not in paths:
@@ -197,11 +203,13 @@ class Registry:
 
     def start(self, agent_id: str) -> None:
         """Run tasks for an agent, durably; no error when it does already."""
-        self._set_stopped(agent_id, stopped=False)
+        with self._changing:
+            self._set_stopped(agent_id, stopped=False)
 
     def stop(self, agent_id: str) -> None:
         """Take no more tasks for an agent, durably; attempts that run go on."""
-        self._set_stopped(agent_id, stopped=True)
+        with self._changing:
+            self._set_stopped(agent_id, stopped=True)
 
     def verify(self, entry: AgentEntry) -> None:
         """Check an agent's code once more, right before it is run.

@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 
 from knode.agents.code import copy_code, list_code
 from knode.agents.manifest import hash_code, parse_manifest, sign_manifest
@@ -122,6 +124,23 @@ def test_installing_again_is_no_error_and_keeps_a_stopped_agent_stopped(
     registry.stop("kExecutor:echo")
     registry.install(source)
     assert registry.show("kExecutor:echo").state is State.STOPPED
+
+
+async def test_agents_can_be_installed_from_several_threads_at_once(
+    open_registry: Open, source: Path, world: World, tmp_path: Path
+) -> None:
+    registry = open_registry()
+    folders = []
+    for number in range(8):
+        folders.append(tmp_path / f"copy{number}")
+        shutil.copytree(source, folders[-1])
+        (folders[-1] / "agent.toml").write_text(MANIFEST.replace("1.0.0", f"1.0.{number % 2}"))
+    async with trio.open_nursery() as nursery:
+        for folder in folders:
+            nursery.start_soon(world.blocking.run, partial(registry.install, folder))
+    entry = registry.find("kExecutor:echo")
+    registry.verify(entry)
+    assert open_registry().find("kExecutor:echo") == entry
 
 
 def change(code: Path) -> None:

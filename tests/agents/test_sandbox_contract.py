@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import trio
 from conftest import RunPython, processes_with, until
 
 from knode.agents.limits import Limits
-from knode.agents.sandbox import Command, Ended, Sandbox, choose_sandbox
+from knode.agents.sandbox import SANDBOXES, Command, Ended, OnProgress, Outcome, Sandbox, choose_sandbox
 from knode.world import World
 
 DAEMON = """
@@ -234,6 +235,31 @@ async def test_self_test_chooses_a_sandbox_and_leaves_nothing(world: World, tmp_
     choice = await choose_sandbox(world, tmp_path / "probe")
     assert choice.sandbox is not None, choice.problems
     assert os.listdir(tmp_path) == []
+
+
+class Leaking:
+    """A sandbox that gives its program the folder above the attempt's."""
+
+    name = "leaking"
+
+    def __init__(self, inner: Sandbox) -> None:
+        self._inner = inner
+
+    async def run(self, command: Command, limits: Limits, on_progress: OnProgress) -> Outcome:
+        return await self._inner.run(replace(command, folder=command.folder.parent), limits, on_progress)
+
+
+async def test_self_test_names_what_a_leaking_sandbox_lets_through(
+    sandbox: Sandbox, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SANDBOXES, "leaking", lambda: Leaking(sandbox))
+    choice = await choose_sandbox(world, tmp_path / "probe", ["leaking", sandbox.name])
+    assert choice.sandbox is not None
+    assert choice.sandbox.name == sandbox.name
+    (problem,) = choice.problems
+    assert problem.startswith("leaking: a program in it could")
+    assert "read a file of the node's home" in problem
+    assert "write into the node's home" in problem
 
 
 async def test_self_test_passes_over_what_is_not_there(

@@ -339,14 +339,17 @@ async def test_pages_that_processes_share_count_once(run_python: RunPython) -> N
     outcome = await run_python(
         """
 import os, time
-shared = bytearray(os.urandom(60 << 20))
-children = [os.fork() for _ in range(1)]
-children += [os.fork() for _ in range(1)]
-time.sleep(0.3)
-if all(children):
-    [os.waitpid(child, 0) for child in children]
-    print("done")
-os._exit(0) if not all(children) else None
+shared = os.urandom(60 << 20)
+children = []
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        time.sleep(0.3)
+        os._exit(0)
+    children.append(child)
+for child in children:
+    os.waitpid(child, 0)
+print("done")
 """,
         memory_bytes=160 << 20,
     )
@@ -446,6 +449,23 @@ async def test_many_files_are_stopped(run_python: RunPython) -> None:
 async def test_files_together_over_the_limit_are_stopped(run_python: RunPython) -> None:
     outcome = await run_python(
         "import time\nfor n in range(5):\n    open(str(n), 'wb').write(bytes(4 << 20))\ntime.sleep(20)",
+        file_bytes=8 << 20,
+        wall_seconds=20,
+    )
+    assert outcome.ended is Ended.FILES
+
+
+async def test_files_that_are_removed_while_open_count(run_python: RunPython) -> None:
+    outcome = await run_python(
+        """
+import os, time
+files = []
+for number in range(5):
+    files.append(open(str(number), "wb"))
+    os.unlink(str(number))
+    files[-1].write(bytes(4 << 20))
+time.sleep(20)
+""",
         file_bytes=8 << 20,
         wall_seconds=20,
     )

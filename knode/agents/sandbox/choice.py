@@ -27,9 +27,10 @@ import json, os, socket, sys
 home, port, parent = json.load(sys.stdin)
 def tries(what):
     try:
-        return what() or True
+        what()
     except OSError:
         return False
+    return True
 print(json.dumps({
     "read a file of the node's home": tries(lambda: open(home + "/secret").read()),
     "write into the node's home": tries(lambda: open(home + "/secret", "w")),
@@ -108,7 +109,7 @@ async def probe(world: World, sandbox: Sandbox, scratch: Path) -> list[str]:
     if outcome.ended is not Ended.EXITED or outcome.exit_code != 0:
         words = outcome.stderr.decode("utf-8", "replace").strip()[-300:]
         raise KnodeError(Code.NO_SANDBOX, f"a harmless program did not run in it: {words or outcome.ended}")
-    done = msgspec.json.decode(outcome.stdout, type=dict[str, bool | str])
+    done = msgspec.json.decode(outcome.stdout, type=dict[str, bool])
     if not done.pop("work"):
         raise KnodeError(Code.NO_SANDBOX, "a harmless program could not write into its own folder")
     return [what for what, succeeded in done.items() if succeeded]

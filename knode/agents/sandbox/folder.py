@@ -7,11 +7,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from knode.agents.sandbox.tree import BLOCK_BYTES
+
 MAX_COUNTED = 20_000
 """More files than any attempt may have: counting ends there."""
 MAX_DEPTH = 12
 """Folders inside folders. With names of 255 bytes this is the longest path that the kernel takes."""
-_BLOCK_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def measure_folder(folder: Path) -> FolderUsage:
             continue
         for entry in entries:
             try:
-                stored += entry.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES
+                stored += entry.stat(follow_symlinks=False).st_blocks * BLOCK_BYTES
             except FileNotFoundError:
                 continue
             except OSError:

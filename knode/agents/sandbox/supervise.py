@@ -219,14 +219,16 @@ class _Run:
     async def _watch_folder(self, folder: Path, before: FolderUsage, scope: trio.CancelScope) -> None:
         while True:
             begun = trio.current_time()
-            now = await trio.to_thread.run_sync(measure_folder, folder)
-            if (
-                now.files - before.files > self._limits.files
-                or now.stored_bytes - before.stored_bytes > self._limits.file_bytes
-                or not now.is_countable
-            ):
+            now, unlinked_bytes = await trio.to_thread.run_sync(self._measure_files, folder)
+            made_bytes = now.stored_bytes - before.stored_bytes + unlinked_bytes
+            over_files = now.files - before.files > self._limits.files
+            if over_files or made_bytes > self._limits.file_bytes or not now.is_countable:
                 self._stop(Ended.FILES, scope)
             await trio.sleep(max(FOLDER_SECONDS, (trio.current_time() - begun) / WATCH_SHARE))
+
+    def _measure_files(self, folder: Path) -> tuple[FolderUsage, int]:
+        processes = tree.descendants(self._process.pid)
+        return measure_folder(folder), tree.measure_unlinked_bytes(processes)
 
 
 class _Tail:
