@@ -151,6 +151,75 @@ def test_answer_bytes_are_bounded_and_an_answer_without_room_is_unknown() -> Non
     assert refusal_of(answers.begin(ALICE, ALICE_BOOT, request(fits + 1), 0.2)) is Code.UNKNOWN
 
 
+def fill_bytes(answers: Answers, source: bytes, now: float) -> None:
+    """Use up a source's share of the bytes with answers that it does not acknowledge."""
+    body = bytes(limits.MAX_BODY_BYTES)
+    quarter = limits.ANSWERS_BYTES // limits.SOURCE_SHARE
+    left, counter = quarter, 0
+    while left > 256:
+        counter += 1
+        assert answers.begin(source, ALICE_BOOT, request(counter), now) == Fresh()
+        size = min(len(body), left - 256)
+        answers.finish(source, ALICE_BOOT, counter, Response(counter, body[:size]), now)
+        left -= size + 256
+    assert left == 0
+
+
+def test_a_source_that_used_up_its_bytes_is_limited_and_others_are_not() -> None:
+    answers = Answers(BOB_BOOT)
+    fill_bytes(answers, ALICE, 0.0)
+    assert refusal_of(answers.begin(ALICE, ALICE_BOOT, request(1000), 0.1)) is Code.RATE_LIMITED
+    assert answers.begin(DAVE, ALICE_BOOT, request(1000), 0.1) == Fresh()
+    answers.acknowledge(ALICE, ALICE_BOOT, (1,))
+    assert answers.begin(ALICE, ALICE_BOOT, request(1000), 0.2) == Fresh()
+
+
+def test_all_sources_together_keep_a_bounded_number_of_bytes() -> None:
+    answers = Answers(BOB_BOOT)
+    for source in range(limits.SOURCE_SHARE - 1):
+        fill_bytes(answers, seed(f"{source}"), 0.0)
+    assert answers.begin(DAVE, ALICE_BOOT, request(1), 0.1) == Fresh()
+    fill_bytes(answers, ALICE, 0.2)
+    answers.finish(DAVE, ALICE_BOOT, 1, Response(1, b"no room"), 0.3)
+    assert answers._answer_bytes == limits.ANSWERS_BYTES
+    assert refusal_of(answers.begin(DAVE, ALICE_BOOT, request(1), 0.4)) is Code.UNKNOWN
+    assert refusal_of(answers.begin(DAVE, ALICE_BOOT, request(2), 0.4)) is Code.RATE_LIMITED
+
+
+def test_counters_of_a_boot_are_kept_for_360_seconds_after_its_last_request() -> None:
+    answers = Answers(BOB_BOOT)
+    for counter, now in ((1, 0.0), (2, 300.0)):
+        answers.begin(ALICE, ALICE_BOOT, request(counter), now)
+        answers.finish(ALICE, ALICE_BOOT, counter, Response(counter, b""), now)
+        answers.acknowledge(ALICE, ALICE_BOOT, (counter,))
+    answers.expire(659.9)
+    assert refusal_of(answers.begin(ALICE, ALICE_BOOT, request(1), 659.9)) is Code.UNKNOWN
+    answers.expire(660.0)
+    assert not answers._sources
+
+
+def test_a_window_never_grows_beyond_its_bits() -> None:
+    answers = Answers(BOB_BOOT)
+    for counter in range(1, 3 * limits.ANSWERS):
+        answers.begin(ALICE, ALICE_BOOT, request(counter), 0.0)
+        answers.finish(ALICE, ALICE_BOOT, counter, Response(counter, b""), 0.0)
+        answers.acknowledge(ALICE, ALICE_BOOT, (counter,))
+    (history,) = answers._sources[ALICE].histories.values()
+    assert history.seen.bit_length() == limits.ANSWERS
+
+
+def test_boots_of_all_sources_together_are_bounded() -> None:
+    answers = Answers(BOB_BOOT)
+    for number in range(limits.MAX_HISTORIES):
+        source = seed(str(number % (limits.MAX_HISTORIES // limits.MAX_BOOTS)))
+        boot = number.to_bytes(16, "big")
+        assert answers.begin(source, boot, request(1), 0.0) == Fresh()
+        answers.finish(source, boot, 1, Response(1, b""), 0.0)
+        answers.acknowledge(source, boot, (1,))
+    assert refusal_of(answers.begin(ALICE, ALICE_BOOT, request(1), 0.0)) is Code.RATE_LIMITED
+    assert answers.begin(source, boot, request(2), 0.0) == Fresh()
+
+
 def test_a_source_that_restarts_without_end_is_limited_until_its_boots_are_forgotten() -> None:
     answers = Answers(BOB_BOOT)
     for number in range(limits.MAX_BOOTS):

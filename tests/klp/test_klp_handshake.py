@@ -31,7 +31,7 @@ TICKET = ticket_key(bytes(range(16)))
 def edited_hello(frame: bytes, **changes: object) -> bytes:
     hello = Decoder[Hello](Hello).decode(frame[1:])
     fields = {name: getattr(hello, name) for name in Hello.__struct_fields__} | changes
-    return frame[:1] + encode(Hello(**fields))
+    return frame[:1] + encode(list(fields.values()))  # a Hello of our own would check itself
 
 
 def edited_welcome(frame: bytes, *, version: int | None = None, **changes: object) -> bytes:
@@ -98,6 +98,23 @@ def test_who_is_not_admitted_is_refused_before_anything_is_signed(code: Code) ->
 def test_another_cell_is_refused() -> None:
     other = Introduction(seed("another cell"), ALICE_SAYS.boot, ALICE_SAYS.roster_digest)
     refuses(Code.WRONG_NETWORK, lambda: shake(initiator(says=other), responder()))
+    a, b = initiator(says=other), responder()
+    hello = a.hello()
+    refuses(Code.WRONG_NETWORK, lambda: b.receive_hello(hello))
+    welcome = responder().receive_hello(initiator().hello())
+    refuses(Code.WRONG_NETWORK, lambda: a.receive(welcome))
+
+
+def test_a_responder_with_a_ticket_is_refused() -> None:
+    a, b = initiator(), responder()
+    welcome = edited_welcome(b.receive_hello(a.hello()), ticket=TICKET.public.raw)
+    refuses(Code.BAD_FRAME, lambda: a.receive(welcome))
+
+
+@pytest.mark.parametrize("versions", [(), (2, 1), (1, 1), (0,), (65_536,), tuple(range(1, 18))])
+def test_versions_out_of_order_or_bounds_are_a_bad_frame(versions: tuple[int, ...]) -> None:
+    hello = edited_hello(initiator().hello(), versions=versions)
+    refuses(Code.BAD_FRAME, lambda: responder().receive_hello(hello))
 
 
 def test_another_node_at_the_address_is_refused() -> None:

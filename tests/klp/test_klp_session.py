@@ -98,6 +98,23 @@ def test_a_full_outbox_refuses_and_queues_nothing() -> None:
     assert len(frames_of(a)) == 31
 
 
+def test_what_was_sent_makes_room_in_the_outbox() -> None:
+    a, _ = sessions()
+    body = bytes(limits.MAX_BODY_BYTES)
+    for counter in range(1, 2 * limits.OUTBOX_BYTES // limits.MAX_BODY_BYTES):
+        a.send(request(counter, body=body))
+        assert a.next_frame() is not None
+
+
+def test_an_error_of_any_length_travels_as_a_failure_cut_to_the_limits() -> None:
+    a, b = sessions()
+    b.send(Failure.of(1, KnodeError(Code.DISK_FULL, "m" * 5000, "n" * 5000)))
+    (failure,) = deliver(b, a)
+    assert isinstance(failure, Failure)
+    assert (len(failure.message), len(failure.next_step)) == (1024, 512)
+    assert failure.error().code is Code.DISK_FULL
+
+
 def test_what_a_peer_would_refuse_is_refused_before_it_is_sent() -> None:
     a, _ = sessions()
     refuses(Code.TOO_LARGE, lambda: a.send(request(body=bytes(limits.MAX_BODY_BYTES + 1))))
@@ -393,6 +410,29 @@ def test_a_credit_that_crosses_the_end_is_dropped() -> None:
     b.consumed(stream, 2 * limits.UNSENT_BYTES)
     a.end(stream)
     assert deliver(b, a) == []
+
+
+def with_credit_waiting() -> tuple[Session, Session, int]:
+    a, b, stream = opened()
+    for _ in range(2):
+        a.write(stream, bytes(limits.UNSENT_BYTES))
+        deliver(a, b)
+    b.consumed(stream, 2 * limits.UNSENT_BYTES)
+    assert b.has_output
+    return a, b, stream
+
+
+def test_credit_that_waits_is_not_sent_for_a_stream_that_ended() -> None:
+    a, b, stream = with_credit_waiting()
+    a.end(stream)
+    deliver(a, b)
+    assert not b.has_output
+
+
+def test_credit_that_waits_is_not_sent_for_a_stream_that_is_refused() -> None:
+    a, b, stream = with_credit_waiting()
+    b.reset(stream, "CANCELLED")
+    assert deliver(b, a) == [StreamReset(stream, "CANCELLED")]
 
 
 def test_64_streams_at_once_and_not_one_more() -> None:
