@@ -24,6 +24,7 @@ STOP_TIMEOUT_S = 30.0
 
 _POLL_S = 0.05
 _SHOWN_LINES = 12
+_SAID_BYTES = 64 * 1024
 
 
 def answering(home: Home) -> Client | None:
@@ -39,7 +40,9 @@ def answering(home: Home) -> Client | None:
 def start_detached(home: Home, flags: Mapping[str, str]) -> int:
     """Start the home's daemon in a session of its own and return its process id once it answers.
 
-    What it says while it starts is kept in `log/start-up.txt` of the home.
+    When another program is starting one at the same moment, one of the two daemons wins, and both callers
+    get its process id. What a daemon says beside its log, as it starts or when it crashes, is kept in
+    `log/start-up.txt` of the home.
 
     Args:
         home: a whole home.
@@ -55,27 +58,30 @@ def start_detached(home: Home, flags: Mapping[str, str]) -> int:
     open_home(real_world(), home)
     said = home.log / "start-up.txt"
     options = [word for key, text in flags.items() for word in (f"--{key.removeprefix('node.')}", text)]
+    words = ["up", "--background", "--json", *options, "--home", str(home.path)]
     with named_disk_errors(said):
-        output = said.open("wb")
+        # Appended to, since two may be starting it at once; begun anew when it has grown.
+        is_large = said.exists() and said.stat().st_size > _SAID_BYTES
+        output = said.open("wb" if is_large else "ab")
     with output:
+        begin = output.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", "knode", "--json", "up", *options, "--home", str(home.path)],
+            [sys.executable, "-m", "knode", *words],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             cwd="/",
             start_new_session=True,
         )
+    pid = None
     try:
-        _await_answer(home, process, said)
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
+        pid = _await_answer(home, process, said, begin)
+    finally:
+        if pid != process.pid:
             process.terminate()
-        _reap(process)
-        raise
-    # It outlives this program on purpose.
-    process.returncode = 0
-    return process.pid
+            _reap(process)
+    process.returncode = 0  # it outlives this program on purpose, and nobody waits for it
+    return pid
 
 
 def stop(home: Home) -> int:
@@ -101,26 +107,31 @@ def stop(home: Home) -> int:
     return pid
 
 
-def _await_answer(home: Home, process: subprocess.Popen[bytes], said: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise _why_it_ended(process.returncode, said)
-        client = answering(home)
-        if client is not None:
-            with client:
-                client.call("status", silence_s=START_TIMEOUT_S)
-            return
-        time.sleep(_POLL_S)
-    raise KnodeError(
+def _await_answer(home: Home, process: subprocess.Popen[bytes], said: Path, begin: int) -> int:
+    """Return the process id of the daemon that answers; another's, when one was being started already."""
+    failure = KnodeError(
         Code.TIMEOUT,
         f"the daemon did not answer within {START_TIMEOUT_S:.0f} s of its start",
         f"look at {home.log_file}, or run it in the foreground: {command_for(home, 'up')}",
     )
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            failure = _why_it_ended(process.returncode, said, begin)
+            if failure.code is not Code.LOCKED:
+                raise failure
+        client = answering(home)
+        if client is not None:
+            with client:
+                client.call("status", silence_s=START_TIMEOUT_S)
+                return client.daemon_pid
+        time.sleep(_POLL_S)
+    raise failure
 
 
-def _why_it_ended(returncode: int, said: Path) -> KnodeError:
-    lines = [line for line in said.read_text(errors="replace").splitlines() if line.strip()]
+def _why_it_ended(returncode: int, said: Path, begin: int) -> KnodeError:
+    text = said.read_bytes()[begin:].decode(errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
     for line in reversed(lines):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             error = json.loads(line)["error"]

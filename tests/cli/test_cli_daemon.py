@@ -58,6 +58,7 @@ def test_a_node_s_day(program: Program) -> None:
     code, status = program("status")
     assert (code, status["node_id"], status["cell_id"]) == (0, made["node_id"], made["cell_id"])
     assert [member["state"] for member in status["members"]] == ["alive"]
+    assert (program.home.log / "start-up.txt").read_text() == ""  # its log has limits, this file has none
     code, again = program("up", "--detach", *HERE)
     assert (code, again["started"], again["pid"]) == (0, False, started["pid"])
     code, stopped = program("down")
@@ -66,6 +67,17 @@ def test_a_node_s_day(program: Program) -> None:
     assert not program.home.socket.exists()
     code, refused = program("down")
     assert (code, refused["error"]["code"]) == (3, "NOT_RUNNING")
+
+
+def test_two_who_start_it_at_once_get_the_same_daemon(program: Program, process: Any) -> None:
+    initialise(program.home, name="desk", flags={})
+    with (
+        process("up", "--detach", *HERE, "--json") as one,
+        process("up", "--detach", *HERE, "--json") as other,
+    ):
+        documents = [json.loads(run.communicate(timeout=60)[0]) for run in (one, other)]
+    assert documents[0]["pid"] == documents[1]["pid"]
+    assert program.daemons == [documents[0]["pid"]]
 
 
 def test_a_port_in_use_is_named_by_the_one_who_starts_it(program: Program) -> None:

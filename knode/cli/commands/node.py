@@ -31,6 +31,7 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once it answers.")] = False,
     port: Port = None,
     host: Host = None,
+    background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
     """Start the node's daemon; nothing happens when it runs already."""
     from knode.cli.daemon import answering, start_detached
@@ -46,7 +47,7 @@ def up(
     else:
         from knode.control.daemon import run_daemon
 
-        raise typer.Exit(run_daemon(session.home, flags=flags, foreground=True))
+        raise typer.Exit(run_daemon(session.home, flags=flags, foreground=not background))
 
 
 def down(context: typer.Context) -> None:
