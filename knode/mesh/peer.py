@@ -92,7 +92,7 @@ class Peer:
             return self.conversation.liveness.state(now)
         if self._left:
             return PeerState.LEFT
-        return PeerState.SUSPECT if now - self._heard_at < self._dead_after_s else PeerState.FAILED
+        return PeerState.SUSPECT if now < self._heard_at + self._dead_after_s else PeerState.FAILED
 
     @property
     def load(self) -> Load | None:
