@@ -165,10 +165,12 @@ def _show_code(ticket: str) -> None:
 def _nothing_half_made(session: Session, name: str | None, flags: dict[str, str]) -> Iterator[None]:
     """Make the home when there is none; when the body fails, stop and remove what was made or started."""
     from knode.cli.daemon import answering, stop
+    from knode.world.real import named_disk_errors
 
     home = session.home
-    before = _entries(home)
-    makes_home = not home.format_file.exists()
+    with named_disk_errors(home.path):
+        before = _entries(home)
+        makes_home = not home.format_file.exists()
     client = answering(home)
     was_running = client is not None
     if client is not None:
