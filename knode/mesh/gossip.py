@@ -114,6 +114,11 @@ class Gossip:
                 new = await self._membership.add([open_statement(data) for data in pulled.statements])
                 if not pulled.more or not new:
                     break
+            if conversation.established.peer_roster_digest != self._membership.roster.digest:
+                # What is new here since the handshake was told to nobody who was not connected yet, and
+                # the peer, which knows our digest of then, does not ask for it.
+                for body in _packed([s.data for s in self._membership.roster.statements.values()]):
+                    peer.send_event(STATEMENTS_TOPIC, body, Context())
             contacts = [c.data for _, c in sorted(self._membership.contacts.items())]
             for body in _packed(contacts):
                 peer.send_event(CONTACTS_TOPIC, body, Context())

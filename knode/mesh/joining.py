@@ -8,13 +8,14 @@ from typing import Annotated
 import msgspec
 
 from knode.errors import Code, KnodeError
+from knode.home.folder import NodeName
 from knode.klp.codec import Decoder
 from knode.mesh.contact import SignedContact, open_contact
 from knode.mesh.gossip import Gossip, Signed
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peers import Peers
-from knode.mesh.roster import MAX_STATEMENTS, Member, Name, open_statement
+from knode.mesh.roster import MAX_STATEMENTS, Member, open_statement
 from knode.mesh.ticket import Ticket
 from knode.mesh.words import four_words
 from knode.world import Monotonic, World
@@ -25,7 +26,7 @@ JOIN_S = 15.0
 class Join(msgspec.Struct, frozen=True, array_like=True):
     """What the joining node asks: to be called `name`, and to be reached at its contact's addresses."""
 
-    name: Name
+    name: NodeName
     contact: Signed
 
 

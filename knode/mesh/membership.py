@@ -295,7 +295,7 @@ class Membership:
             roster.cell_id,
             member.key.raw,
             role,
-            roster.signed_by(member.key.raw),
+            roster.in_force_by(member.key.raw),
             roster.next_issue_time(member.key.raw, self._world.clock.wall()),
         )
         await self.add([sign_statement(signer, body)])
@@ -318,7 +318,7 @@ class Membership:
             self._owner_key.public.raw,
             roster.cell_id,
             member.key.raw,
-            roster.signed_by(member.key.raw),
+            roster.in_force_by(member.key.raw),
             roster.next_issue_time(member.key.raw, self._world.clock.wall()),
         )
         await self.add([sign_statement(self._owner_key, body)])

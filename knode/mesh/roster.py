@@ -5,11 +5,13 @@ recovery key. Everything else is a statement signed by one key. Replicas merge b
 (`resolve`) depends on the set alone, never on the order of arrival:
 
 1. ADD and ROLE count when signed by the owner, or by an admin that the owner made. An admin cannot
-   make admins.
+   make admins, and cannot end what the owner gave to one.
 2. Of several ADD or ROLE statements about one member the latest counts: greatest (issued, id).
 3. REVOKE, by the owner or the recovery key, wins for ever, whatever is added later.
 4. A key that is admin no longer (by ROLE or REVOKE) keeps only those of its statements that the ending
    statement names; so whoever stole the key cannot backdate one.
+5. Of one admin the earliest 512 statements count, and what a revoked key loses is forgotten; so no
+   admin can fill the roster, and the owner has the last word.
 
 Pure: no clock, no disk, no network.
 """
@@ -25,17 +27,19 @@ from typing import Annotated
 import msgspec
 
 from knode.errors import Code, KnodeError
+from knode.home.folder import NodeName
 from knode.identity import KeyPair, NodeId, PublicKey
 from knode.klp.codec import Decoder, encode
 from knode.klp.objects import Domain, object_id, open_signed, sign
 
 MAX_STATEMENTS = 4096
+MAX_STATEMENTS_OF_AN_ADMIN = 512
 MAX_KEPT = 1024
+MAX_ISSUED = 2**62
 
 Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 StatementId = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")]
-Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=MAX_ISSUED)]
 
 
 class Role(StrEnum):
@@ -66,7 +70,7 @@ class Add(msgspec.Struct, frozen=True, array_like=True, tag=2):
     signer: Key
     cell: StatementId
     member: Key
-    name: Name
+    name: NodeName
     role: Role
     issued: Milliseconds
 
@@ -92,6 +96,7 @@ class Revoke(msgspec.Struct, frozen=True, array_like=True, tag=4):
     issued: Milliseconds
 
 
+Grant = Add | SetRole
 Statement = Genesis | Add | SetRole | Revoke
 _decoder: Decoder[Statement] = Decoder(Statement)
 
@@ -106,10 +111,13 @@ class SignedStatement:
 
 
 def sign_statement(key: KeyPair, body: Statement) -> SignedStatement:
-    """Sign `body`, whose signer must be `key`."""
+    """Sign `body`, whose signer must be `key`.
+
+    Raises:
+        KnodeError: as `open_statement`: what others would refuse is not signed.
+    """
     assert body.signer == key.public.raw
-    data = sign(key, Domain.MEMBER, encode(body))
-    return SignedStatement(object_id(data), body, data)
+    return open_statement(sign(key, Domain.MEMBER, encode(body)))
 
 
 def open_statement(data: bytes) -> SignedStatement:
@@ -119,6 +127,7 @@ def open_statement(data: bytes) -> SignedStatement:
         KnodeError: BAD_FRAME, NON_CANONICAL, BAD_SIGNATURE or INVALID_ARGUMENT (a bad key).
     """
     body = _decoder.decode(data[64:])
+    PublicKey(body.recovery if isinstance(body, Genesis) else body.member)
     open_signed(PublicKey(body.signer), Domain.MEMBER, data)
     return SignedStatement(object_id(data), body, data)
 
@@ -150,7 +159,9 @@ class Roster:
     members: Mapping[bytes, Member]
     """By raw key, in the order of their names."""
     revoked: Mapping[bytes, str]
-    """Raw key of everyone who was revoked, to its last name."""
+    """Raw key of everyone who was revoked, to its last name; empty when nothing kept says it."""
+    in_force: frozenset[bytes]
+    """Ids of the ADD and ROLE statements that make the members what they are."""
     digest: bytes
     """32 bytes; equal when the sets of statements are equal."""
 
@@ -201,11 +212,11 @@ class Roster:
             for s in self.statements.values()
             if not isinstance(s.body, Genesis) and s.body.member == member
         ]
-        return max([now, *(issued + 1 for issued in others)])
+        return min(MAX_ISSUED, max([now, *(issued + 1 for issued in others)]))
 
-    def signed_by(self, raw_key: bytes) -> tuple[bytes, ...]:
-        """Return the ids of what a key has signed, for an ending statement to keep."""
-        return tuple(sorted(s.id for s in self.statements.values() if s.body.signer == raw_key))
+    def in_force_by(self, raw_key: bytes) -> tuple[bytes, ...]:
+        """Return the ids of what a key signed and is in force, for an ending statement to keep."""
+        return tuple(sorted(i for i in self.in_force if self.statements[i].body.signer == raw_key))
 
     def free_name(self, wanted: str) -> str:
         """Return `wanted`, or with a number behind it when another member has that name."""
@@ -217,98 +228,86 @@ class Roster:
 def resolve(cell_id: bytes, statements: Iterable[SignedStatement]) -> Roster:
     """Say what the statements mean. The order given does not matter.
 
-    Statements of other cells, or of keys that never had a right to make them, are left out.
+    Statements of other cells, of keys that never had a right to make them, and what can never count
+    again are left out.
 
     Raises:
         KnodeError: WRONG_NETWORK when the genesis is not among them.
     """
-    by_id = {statement.id: statement for statement in statements}
-    genesis = by_id.get(cell_id)
-    if genesis is None or not isinstance(genesis.body, Genesis):
+    signed = {statement.id: statement for statement in statements}
+    bodies = {i: statement.body for i, statement in signed.items()}
+    genesis = bodies.get(cell_id)
+    if not isinstance(genesis, Genesis):
         raise KnodeError(Code.WRONG_NETWORK, "the statement that founded the cell is missing")
-    owner, recovery = genesis.body.signer, genesis.body.recovery
+    grants = {i: b for i, b in bodies.items() if isinstance(b, Add | SetRole) and b.cell == cell_id}
+    revokes = {i: b for i, b in bodies.items() if isinstance(b, Revoke) and b.cell == cell_id}
 
-    ours = [s for _, s in sorted(by_id.items()) if not isinstance(s.body, Genesis) and s.body.cell == cell_id]
-    revokes = [s for s in ours if isinstance(s.body, Revoke) and s.body.signer in (owner, recovery)]
-    revoked = {s.body.member for s in revokes if isinstance(s.body, Revoke)}
-    owners = [s for s in ours if isinstance(s.body, Add | SetRole) and s.body.signer == owner]
-    ever_admin = {
-        s.body.member for s in owners if isinstance(s.body, Add | SetRole) and s.body.role is Role.ADMIN
+    # Rule 3.
+    revokes = {i: b for i, b in revokes.items() if b.signer in (genesis.signer, genesis.recovery)}
+    kept_of_revoked = _kept_of_revoked(revokes.values())
+    # Rules 1 and 5. A grant that a later ROLE made void is remembered: its signer may be admin again.
+    by_owner = {i: b for i, b in grants.items() if b.signer == genesis.signer}
+    ever_admins = {b.member for b in by_owner.values() if b.role is Role.ADMIN} - {genesis.signer}
+    by_admins: dict[bytes, Grant] = {}
+    for admin in sorted(ever_admins):
+        theirs = {i: b for i, b in grants.items() if b.signer == admin and b.role is not Role.ADMIN}
+        if admin in kept_of_revoked:
+            theirs = {i: b for i, b in theirs.items() if i in kept_of_revoked[admin]}
+        by_admins |= dict(_in_order(theirs)[:MAX_STATEMENTS_OF_AN_ADMIN])
+    # Rule 4.
+    kept_of_demoted = _kept_of_demoted(by_owner)
+    valid = by_owner | {
+        i: b
+        for i, b in by_admins.items()
+        if b.signer not in kept_of_demoted or i in kept_of_demoted[b.signer]
     }
-    kept = _kept(owners, revokes)
-    admins = [
-        s
-        for s in ours
-        if isinstance(s.body, Add | SetRole)
-        and s.body.signer in ever_admin
-        and s.body.role is not Role.ADMIN
-        and (s.body.signer not in kept or s.id in kept[s.body.signer])
+
+    # Rule 2. What an admin says of another admin counts only once the owner has ended that one's right.
+    adds = {i: b for i, b in valid.items() if isinstance(b, Add)}
+    adding = _latest(adds)
+    admins_now = {key: i for key, i in _latest(by_owner).items() if by_owner[i].role is Role.ADMIN}
+    deciding = _latest(valid) | admins_now
+    added = {key: adds[i] for key, i in adding.items()}
+    members = [
+        Member(PublicKey(key), body.name, valid[deciding[key]].role, body.issued)
+        for key, body in added.items()
+        if key not in kept_of_revoked
     ]
-    # A statement by someone who was admin once stays in the set, even when void, so that replicas agree.
-    known = {cell_id: genesis} | {
-        s.id: s
-        for s in ours
-        if s in revokes or s in owners or (isinstance(s.body, Add | SetRole) and s.body.signer in ever_admin)
-    }
-
-    added: dict[bytes, SignedStatement] = {}
-    latest: dict[bytes, SignedStatement] = {}
-    for statement in sorted(owners + admins, key=_when):
-        body = statement.body
-        assert isinstance(body, Add | SetRole)
-        if isinstance(body, Add):
-            added[body.member] = statement
-        latest[body.member] = statement
-    # An admin's later ROLE does not take away what the owner gave: admin is the owner's to give and end.
-    members: dict[bytes, Member] = {}
-    names: dict[bytes, str] = {}
-    owners_latest = {_about(s): s for s in sorted(owners, key=_when)}
-    for raw_key, statement in added.items():
-        add = statement.body
-        assert isinstance(add, Add)
-        names[raw_key] = add.name
-        if raw_key in revoked:
-            continue
-        deciding = latest[raw_key].body
-        by_owner = owners_latest.get(raw_key)
-        if (
-            by_owner is not None
-            and isinstance(by_owner.body, Add | SetRole)
-            and by_owner.body.role is Role.ADMIN
-        ):
-            deciding = by_owner.body
-        assert isinstance(deciding, Add | SetRole)
-        members[raw_key] = Member(PublicKey(raw_key), add.name, deciding.role, add.issued)
-    ordered = dict(sorted(members.items(), key=lambda item: (item[1].name, item[0])))
+    known = {cell_id, *revokes, *by_owner, *by_admins}
     return Roster(
         cell_id=cell_id,
-        owner=PublicKey(owner),
-        recovery=PublicKey(recovery),
-        statements=known,
-        members=ordered,
-        revoked={raw_key: names.get(raw_key, "") for raw_key in sorted(revoked)},
+        owner=PublicKey(genesis.signer),
+        recovery=PublicKey(genesis.recovery),
+        statements={i: signed[i] for i in sorted(known)},
+        members={m.key.raw: m for m in sorted(members, key=lambda m: (m.name, m.key.raw))},
+        revoked={key: added[key].name if key in added else "" for key in sorted(kept_of_revoked)},
+        in_force=frozenset(adding.values()) | {deciding[key] for key in adding},
         digest=sha256(b"KLP/1/roster\0" + b"".join(sorted(known))).digest(),
     )
 
 
-def _when(statement: SignedStatement) -> tuple[int, bytes]:
-    return statement.body.issued, statement.id
+def _in_order(grants: Mapping[bytes, Grant]) -> list[tuple[bytes, Grant]]:
+    return sorted(grants.items(), key=lambda item: (item[1].issued, item[0]))
 
 
-def _about(statement: SignedStatement) -> bytes:
-    assert isinstance(statement.body, Add | SetRole | Revoke)
-    return statement.body.member
+def _latest(grants: Mapping[bytes, Grant]) -> dict[bytes, bytes]:
+    """Return, for each member that these grants are about, the id of the latest."""
+    return {body.member: i for i, body in _in_order(grants)}
 
 
-def _kept(owners: list[SignedStatement], revokes: list[SignedStatement]) -> dict[bytes, frozenset[bytes]]:
-    """Return, for each key whose right to sign has ended, which of its statements stay valid."""
+def _kept_of_revoked(revokes: Iterable[Revoke]) -> dict[bytes, frozenset[bytes]]:
+    """Return, for each revoked key, what stays valid of it: only what all its revocations keep."""
     kept: dict[bytes, frozenset[bytes]] = {}
-    for raw_key, statement in {_about(s): s for s in sorted(owners, key=_when)}.items():
-        if isinstance(statement.body, SetRole) and statement.body.role is not Role.ADMIN:
-            kept[raw_key] = frozenset(statement.body.kept)
-    for statement in revokes:
-        assert isinstance(statement.body, Revoke)
-        named = frozenset(statement.body.kept)
-        # Several revocations of one key: only what all of them keep stays.
-        kept[statement.body.member] = kept.get(statement.body.member, named) & named
+    for body in revokes:
+        kept[body.member] = kept.get(body.member, frozenset(body.kept)) & frozenset(body.kept)
     return kept
+
+
+def _kept_of_demoted(by_owner: Mapping[bytes, Grant]) -> dict[bytes, frozenset[bytes]]:
+    """Return, for each key that the owner made no admin, or admin no longer, what stays valid of it."""
+    ending = {key: by_owner[i] for key, i in _latest(by_owner).items()}
+    return {
+        key: frozenset(body.kept) if isinstance(body, SetRole) else frozenset()
+        for key, body in ending.items()
+        if body.role is not Role.ADMIN
+    }
