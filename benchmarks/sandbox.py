@@ -89,8 +89,7 @@ def time_of(argv: list[str]) -> float:
 
 def bare_bubblewrap(command: Command) -> list[str]:
     """Return bubblewrap's command line with the same namespaces and mounts, without filter and limits."""
-    arguments = Bubblewrap().arguments(command, scratch_of(command.folder), 0)
-    return [*arguments[: arguments.index("--seccomp")], "--", *command.argv]
+    return [*Bubblewrap().arguments(command, scratch_of(command.folder)), "--", *command.argv]
 
 
 def bare_sandlock(command: Command) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -152,7 +153,7 @@ class Runner:
         agent_id, limits = entry.manifest.id, entry.manifest.limits
         hurried = attempt.remaining_seconds < limits.wall_seconds
         if hurried:
-            limits = msgspec.structs.replace(limits, wall_seconds=max(1, int(attempt.remaining_seconds)))
+            limits = msgspec.structs.replace(limits, wall_seconds=math.ceil(attempt.remaining_seconds))
         folder = self._attempts / attempt.task_id
         argv, stdin = self._program_of(entry, attempt, folder)
         command = Command(

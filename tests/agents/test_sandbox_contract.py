@@ -174,6 +174,15 @@ async def test_cancelling_leaves_nothing_running(run_python: RunPython, folder: 
     assert processes_with(marker) == []
 
 
+async def test_attempts_leave_no_descriptors_open_in_the_node(run_python: RunPython) -> None:
+    await run_python("pass")
+    before = len(os.listdir("/proc/self/fd"))
+    for delay in (60.0, 0.05, 0.001):
+        with trio.move_on_after(delay):
+            await run_python("pass")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.005, 0.02, 0.05, 0.1])
 async def test_cancelling_at_any_moment_of_the_start_leaves_nothing_running(
     run_python: RunPython, marker: str, delay: float

@@ -38,25 +38,29 @@ class Bubblewrap:
     async def run(self, command: Command, limits: Limits, on_progress: OnProgress) -> Outcome:
         """Run `command`; see `Sandbox.run`."""
         scratch = scratch_of(command.folder)
-        descriptor = os.memfd_create("knode-seccomp")
-        try:
-            os.write(descriptor, self._filter)
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            return await supervise(
-                [*self.arguments(command, scratch, descriptor), *self._limited(limits), *command.argv],
-                environment=environment_of(command, scratch),
-                pass_fds=[descriptor],
-                stdin=command.stdin,
-                folder=command.folder,
-                limits=limits,
-                own_processes=_OWN_PROCESSES,
-                on_progress=on_progress,
-            )
-        finally:
-            os.close(descriptor)
+        filter_descriptor = os.memfd_create("knode-seccomp")
+        os.write(filter_descriptor, self._filter)
+        os.lseek(filter_descriptor, 0, os.SEEK_SET)
+        information, informing = os.pipe()
+        arguments = [
+            *self.arguments(command, scratch),
+            *("--seccomp", str(filter_descriptor), "--info-fd", str(informing), "--"),
+            *self._limited(limits),
+        ]
+        return await supervise(
+            [*arguments, *command.argv],
+            environment=environment_of(command, scratch),
+            pass_fds=[filter_descriptor, informing],
+            stdin=command.stdin,
+            folder=command.folder,
+            limits=limits,
+            own_processes=_OWN_PROCESSES,
+            on_progress=on_progress,
+            information=information,
+        )
 
-    def arguments(self, command: Command, scratch: Path, filter_descriptor: int) -> list[str]:
-        """Return bubblewrap's own arguments, up to the program that it runs."""
+    def arguments(self, command: Command, scratch: Path) -> list[str]:
+        """Return bubblewrap and its arguments for namespaces and mounts."""
         folder = os.fspath(command.folder)
         arguments = [self._bwrap, "--unshare-all", "--die-with-parent", "--new-session"]
         # Root would keep its capabilities and its rights over /proc/sys without these two lines.
@@ -73,8 +77,7 @@ class Bubblewrap:
         for readable in command.read_only:
             arguments += ["--ro-bind", os.fspath(readable), os.fspath(readable)]
         # The root is a memory disk: left writable, it would hold bytes that no limit counts.
-        arguments += ["--bind", folder, folder, "--chdir", folder, "--remount-ro", "/"]
-        return [*arguments, "--seccomp", str(filter_descriptor), "--"]
+        return [*arguments, "--bind", folder, folder, "--chdir", folder, "--remount-ro", "/"]
 
     def _limited(self, limits: Limits) -> list[str]:
         arguments = prlimit_arguments(self._prlimit, limits)

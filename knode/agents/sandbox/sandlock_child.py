@@ -29,7 +29,8 @@ _PR_SET_SECCOMP = 22
 _SECCOMP_MODE_FILTER = 2
 _FAILED = 125
 _ENDED = signal.SIGUSR1
-_NODE_DIED = signal.SIGTERM
+_STOP = signal.SIGTERM
+"""Sent by the node, and by the kernel when the node dies."""
 
 
 class _FilterProgram(ctypes.Structure):
@@ -40,33 +41,37 @@ def main() -> int:
     """Run the command in sandlock; return its exit code as a shell would."""
     policy = json.loads(sys.argv[1])
     # Waited for below; blocked before any thread starts, so that no thread takes them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {_ENDED, _NODE_DIED})
-    _control(_PR_SET_PDEATHSIG, _NODE_DIED)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {_ENDED, _STOP})
+    _control(_PR_SET_PDEATHSIG, _STOP)
     _control(_PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != policy.pop("parent"):
         return _FAILED  # the node died before it could be watched
     _install_filter(bytes.fromhex(policy.pop("filter")))
-    codes: list[int] = []
-    waiter = threading.Thread(target=_run, args=(policy, sys.argv[2:], codes), daemon=True)
+    started, codes = threading.Event(), list[int]()
+    waiter = threading.Thread(target=_run, args=(policy, sys.argv[2:], started, codes), daemon=True)
     waiter.start()
-    ended = signal.sigwait({_ENDED, _NODE_DIED})
+    ended = signal.sigwait({_ENDED, _STOP})
+    started.wait()  # before it, a process could still be on its way
     _kill_descendants()
-    if ended == _NODE_DIED or not codes:
+    if ended == _STOP or not codes:
         return _FAILED
     return codes[0]
 
 
-def _run(policy: dict[str, Any], command: list[str], codes: list[int]) -> None:
+def _run(policy: dict[str, Any], command: list[str], started: threading.Event, codes: list[int]) -> None:
     """Run the command to its end, then tell the main thread."""
     try:
         # It warns that `gid` is not passed on, which it is, together with `uid`.
         warnings.filterwarnings("ignore", message="Policy field 'gid'", category=UserWarning)
         sandbox = Sandbox(**policy, clean_env=True, env=dict(os.environ))
         stdio = StdioMode.INHERIT
-        result = sandbox.popen(command, stdin=stdio, stdout=stdio, stderr=stdio).wait()
+        process = sandbox.popen(command, stdin=stdio, stdout=stdio, stderr=stdio)
+        started.set()
+        result = process.wait()
         killed = result.signal if result.signal > 0 else signal.SIGKILL
         codes.append(result.exit_code if result.exit_code >= 0 else 128 + killed)
     finally:
+        started.set()
         os.kill(os.getpid(), _ENDED)
 
 

@@ -6,6 +6,8 @@ limits that are held from outside, and kills the whole tree at the end, whatever
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -31,6 +33,8 @@ WATCH_SECONDS = 0.02
 WATCH_SHARE = 0.05
 """The share of the node's time that measuring may take: many processes are measured less often."""
 FOLDER_SECONDS = 0.1
+START_SECONDS = 5.0
+"""How long a sandbox may take to start, or to end itself, before it is killed as it stands."""
 CHUNK_BYTES = 64 * 1024
 _KILLED_FOR_CPU = 128 + signal.SIGXCPU
 
@@ -45,12 +49,16 @@ async def supervise(
     limits: Limits,
     own_processes: int,
     on_progress: OnProgress,
+    information: int | None = None,
 ) -> Outcome:
     """Run `argv` and everything below it until it exits or passes a limit.
 
     Args:
         environment: the whole environment of `argv`.
+        pass_fds: descriptors for `argv`; closed here, as `information` is.
         own_processes: threads below `argv` that belong to the sandbox and count towards no limit.
+        information: a descriptor on which `argv` tells, before it runs anything, the `child-pid` of the
+            first process of a namespace that it makes; None when it makes none.
 
     Raises:
         KnodeError: NO_SANDBOX when `argv` cannot be started.
@@ -72,10 +80,15 @@ async def supervise(
             start_new_session=True,
         )
     except OSError as error:
+        if information is not None:
+            os.close(information)
         raise KnodeError(
             Code.NO_SANDBOX, f"{argv[0]} cannot be started: {error.strerror}", "run 'knode doctor'"
         ) from error
-    run = _Run(process, limits, own_processes, on_progress)
+    finally:
+        for descriptor in pass_fds:
+            os.close(descriptor)
+    run = _Run(process, limits, own_processes, on_progress, information)
     try:
         return await run.to_the_end(stdin, folder, before)
     finally:
@@ -91,6 +104,7 @@ class _Run:
         limits: Limits,
         own_processes: int,
         on_progress: OnProgress,
+        information: int | None,
     ) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -107,6 +121,10 @@ class _Run:
         for pipe in (process.stdin, process.stdout, process.stderr):
             pipe.close()
         self._pidfd = os.pidfd_open(process.pid)
+        self._information = None if information is None else trio.lowlevel.FdStream(information)
+        self._namespace: int | None = None
+        """The first process of the namespace, as a pidfd: its end is the end of all that are in it."""
+        self._told = bytearray()
         self._output = bytearray()
         self._tail = _Tail()
         self._ended = Ended.EXITED
@@ -122,6 +140,7 @@ class _Run:
                 async with trio.open_nursery() as readers:
                     readers.start_soon(self._read_output, nursery.cancel_scope)
                     readers.start_soon(self._read_errors, nursery.cancel_scope)
+                    await self._learn_namespace()
                     await trio.lowlevel.wait_readable(self._pidfd)
                     # A daemon that it left behind holds the pipes open: end it, then read to the end.
                     await self._kill_descendants()
@@ -144,16 +163,41 @@ class _Run:
         """Kill and reap the process and everything below it; twice is no error."""
         if self._pidfd < 0:
             return
+        with trio.move_on_after(START_SECONDS):
+            # Killed before it has told, it could leave a process that nobody knows.
+            await self._learn_namespace()
         await self._kill_descendants()
+        self._process.terminate()
+        with trio.move_on_after(START_SECONDS):
+            await trio.lowlevel.wait_readable(self._pidfd)
         self._process.kill()
         await trio.lowlevel.wait_readable(self._pidfd)
         self._process.wait()  # it has exited, so this only reaps
-        os.close(self._pidfd)
-        self._pidfd = -1
+        for descriptor in (self._pidfd, self._namespace):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._pidfd, self._namespace = -1, None
         for stream in (self._stdin, self._stdout, self._stderr):
             await stream.aclose()
 
+    async def _learn_namespace(self) -> None:
+        if self._information is None:
+            return
+        while b"}" not in self._told:
+            chunk = await self._information.receive_some(CHUNK_BYTES)
+            if not chunk:
+                break  # it ended before it made a namespace, and says why on standard error
+            self._told += chunk
+        await self._information.aclose()
+        self._information = None
+        if self._told:
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and all in it
+                self._namespace = os.pidfd_open(json.loads(self._told)["child-pid"])
+
     async def _kill_descendants(self) -> None:
+        if self._namespace is not None:
+            signal.pidfd_send_signal(self._namespace, signal.SIGKILL)
+            await trio.lowlevel.wait_readable(self._namespace)
         # There is no event for the end of a process that is not one's child, so this one asks again.
         while tree.kill_descendants(self._process.pid):  # noqa: ASYNC110
             await trio.sleep(0.001)
