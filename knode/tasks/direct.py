@@ -118,7 +118,8 @@ class DirectTasks:
             self._world.clock.monotonic() + submission.deadline_s,
             Context(correlation=number, causation=b"", trace=trace),
         )
-        assert self._nursery is not None
+        if self._nursery is None:
+            raise KnodeError(Code.UNAVAILABLE, "this node goes down", "submit it on another node")
         self._forget_old()
         self._tasks[task.id] = task
         self._scopes[task.id] = trio.CancelScope()
