@@ -91,6 +91,10 @@ class SimulatedDisk:
             raise KnodeError(Code.TOO_LARGE, f"{path} is larger than {limit_bytes} bytes")
         return bytes(content)
 
+    def read_at(self, path: Path, offset: int, size: int) -> bytes:
+        """Return up to `size` bytes from `offset` on."""
+        return bytes(self._file(path).content[offset : offset + size])
+
     def write(self, path: Path, data: bytes, *, mode: int = 0o600) -> None:
         """Replace a whole file, at once and durably."""
         with named_disk_errors(path):
@@ -131,7 +135,7 @@ class SimulatedDisk:
     def _file(self, path: Path) -> File:
         file = self._volume.files.get(str(path))
         if file is None:
-            raise KnodeError(Code.NOT_FOUND, f"there is no {path}")
+            raise KnodeError(Code.NOT_FOUND, f"there is no {path}", "check the path")
         return file
 
 

@@ -65,7 +65,7 @@ def named_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise KnodeError(Code.NOT_FOUND, f"there is no {path}") from error
+        raise KnodeError(Code.NOT_FOUND, f"there is no {path}", "check the path") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise KnodeError(
