@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from sandbox_helpers import RunPython, processes_with
 
 from knode.agents.limits import Limits
 from knode.agents.sandbox import SANDBOXES, Command, Outcome, Sandbox
@@ -16,8 +17,6 @@ from knode.agents.sandbox.surroundings import python_files, python_program
 from knode.errors import KnodeError
 from knode.world import World
 from knode.world.real import real_world
-
-RunPython = Callable[..., Awaitable[Outcome]]
 
 
 @pytest.fixture
@@ -67,27 +66,6 @@ def run_python(sandbox: Sandbox, folder: Path) -> RunPython:
         return await sandbox.run(command, Limits(**limits), lambda fraction, text: None)
 
     return run
-
-
-def processes_with(marker: str) -> list[int]:
-    """Return the living processes whose command line holds `marker`, but for this one."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                command, state = (entry / "cmdline").read_bytes(), (entry / "stat").read_text()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if marker.encode() in command and state.rpartition(")")[2].split()[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait, at most a minute, for what no event tells of."""
-    with trio.fail_after(60):
-        while not condition():  # noqa: ASYNC110
-            await trio.sleep(0.01)
 
 
 @pytest.fixture

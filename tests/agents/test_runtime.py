@@ -8,9 +8,8 @@ import pytest
 import trio
 
 from knode.agents.registry import Registry
-from knode.agents.runtime import MAX_ARGUMENT_BYTES, Attempt, Progress, Runner, parse_line, parse_source
+from knode.agents.runtime import Attempt, Progress, Runner
 from knode.agents.sandbox import Sandbox
-from knode.agents.sandbox.supervise import parse_progress
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
 from knode.world import World
@@ -207,41 +206,3 @@ async def test_stopped_agent_takes_no_attempts(
     with pytest.raises(KnodeError) as caught:
         await bare_runner.run("kExecutor:text", begin(b"text"), ignore)
     assert caught.value.code is Code.NO_AGENT
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"\xff", b'{"argv":[]}', b'{"argv":[""]}', b"a\0b", b"x" * (MAX_ARGUMENT_BYTES + 1)]
-)
-def test_bad_command_says_what_is_expected(data: bytes) -> None:
-    if data == b"":
-        assert parse_line(data).argv == ("/bin/sh", "-c", "")
-        return
-    with pytest.raises(KnodeError) as caught:
-        parse_line(data)
-    assert caught.value.code is Code.AGENT_FAILED
-    assert "takes a shell line" in caught.value.message
-
-
-def test_python_source_may_look_like_json() -> None:
-    assert parse_source(b'{"a": 1}["a"]').code == '{"a": 1}["a"]'
-    assert parse_source(b'{"code": "1"}').code == "1"
-    with pytest.raises(KnodeError):
-        parse_source(b"\xff\xfe")
-
-
-@pytest.mark.parametrize(
-    ("line", "report"),
-    [
-        (b"knode:progress 0.5 half", (0.5, "half")),
-        (b"knode:progress 1", (1.0, "")),
-        (b"knode:progress 50 percent", (None, "50 percent")),
-        (b"knode:progress nan x", (None, "nan x")),
-        (b"knode:progress -1", (None, "-1")),
-        (b"knode:progress bell\x07\x1b[2J", (None, "bell[2J")),
-        (b"knode:progress 0.1 " + b"x" * 500, (0.1, "x" * 200)),
-        (b"knode:progressive", None),
-        (b"note", None),
-    ],
-)
-def test_line_of_progress_is_read_or_left(line: bytes, report: tuple[float | None, str] | None) -> None:
-    assert parse_progress(line) == report

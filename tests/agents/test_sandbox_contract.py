@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from conftest import RunPython, processes_with, until
+from sandbox_helpers import RunPython, processes_with, until
 
 from knode.agents.limits import Limits
 from knode.agents.sandbox import SANDBOXES, Command, Ended, OnProgress, Outcome, Sandbox, choose_sandbox

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from conftest import RunPython, processes_with
+from sandbox_helpers import RunPython, processes_with
 
 from knode.agents.sandbox import Ended, Sandbox
 

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import thread_time
@@ -21,11 +20,10 @@ import trio
 from knode.agents.limits import Limits
 from knode.agents.sandbox import tree
 from knode.agents.sandbox.folder import FolderUsage, make_removable, measure_folder
-from knode.agents.sandbox.sandbox import STDERR_TAIL_BYTES, Ended, OnProgress, Outcome
+from knode.agents.sandbox.sandbox import Ended, OnProgress, Outcome
+from knode.agents.sandbox.standard_error import Report, StandardError
 from knode.errors import Code, KnodeError
 
-PROGRESS_PREFIX = b"knode:progress "
-MAX_PROGRESS_CHARACTERS = 200
 MAX_STDERR_BYTES = 4 * 1024 * 1024
 """More than this on standard error is endless output."""
 WATCH_SECONDS = 0.02
@@ -126,9 +124,9 @@ class _Run:
         """The first process of the namespace, as a pidfd: its end is the end of all that are in it."""
         self._told = bytearray()
         self._output = bytearray()
-        self._tail = _Tail()
+        self._errors = StandardError()
         self._ended = Ended.EXITED
-        self._report: tuple[float | None, str] | None = None
+        self._report: Report | None = None
 
     async def to_the_end(self, stdin: bytes, folder: Path, before: FolderUsage) -> Outcome:
         """Return once the process has exited or was stopped by a limit."""
@@ -156,7 +154,7 @@ class _Run:
             ended=self._ended,
             exit_code=exit_code if exit_code >= 0 else 128 - exit_code,
             stdout=bytes(self._output),
-            stderr=self._tail.text(),
+            stderr=self._errors.tail(),
         )
 
     async def kill(self) -> None:
@@ -225,7 +223,7 @@ class _Run:
         total = 0
         while chunk := await self._stderr.receive_some(CHUNK_BYTES):
             total += len(chunk)
-            for report in self._tail.add(chunk):
+            for report in self._errors.add(chunk):
                 self._report = report
             if total > MAX_STDERR_BYTES:
                 self._stop(Ended.OUTPUT, scope)
@@ -273,58 +271,3 @@ class _Run:
     def _measure_files(self, folder: Path) -> tuple[FolderUsage, int]:
         processes = tree.descendants(self._process.pid)
         return measure_folder(folder), tree.measure_unlinked_bytes(processes)
-
-
-class _Tail:
-    """Standard error: lines of progress are taken out, the end of the rest is kept."""
-
-    def __init__(self) -> None:
-        self._line = bytearray()
-        self._kept: deque[bytes] = deque()
-        self._kept_bytes = 0
-
-    def add(self, chunk: bytes) -> list[tuple[float | None, str]]:
-        """Take a piece and return the progress that its full lines report."""
-        reports = []
-        *lines, rest = chunk.split(b"\n")
-        for line in lines:
-            self._line += line
-            report = parse_progress(bytes(self._line))
-            if report is None:
-                self._keep(bytes(self._line) + b"\n")
-            else:
-                reports.append(report)
-            self._line.clear()
-        self._line += rest
-        del self._line[:-STDERR_TAIL_BYTES]
-        return reports
-
-    def text(self) -> bytes:
-        """Return the last 8 KiB."""
-        return (b"".join(self._kept) + self._line)[-STDERR_TAIL_BYTES:]
-
-    def _keep(self, line: bytes) -> None:
-        self._kept.append(line)
-        self._kept_bytes += len(line)
-        while self._kept_bytes - len(self._kept[0]) >= STDERR_TAIL_BYTES:
-            self._kept_bytes -= len(self._kept.popleft())
-
-
-def parse_progress(line: bytes) -> tuple[float | None, str] | None:
-    """Return fraction and text of a line `knode:progress 0.5 some text`; None when it is another line.
-
-    What is not a fraction from 0 to 1 belongs to the text.
-    """
-    if not line.startswith(PROGRESS_PREFIX):
-        return None
-    words = line.removeprefix(PROGRESS_PREFIX).decode("utf-8", "replace").strip()
-    first, _, rest = words.partition(" ")
-    fraction: float | None
-    try:
-        fraction = float(first)
-    except ValueError:
-        fraction = None
-    if fraction is None or not 0 <= fraction <= 1:
-        fraction, rest = None, words
-    printable = "".join(character for character in rest if character.isprintable())
-    return fraction, printable[:MAX_PROGRESS_CHARACTERS]
