@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from knode.cli import render
 from knode.cli.session import session_of
+from knode.errors import EXIT_FAILED
 
 
 def simulate(
     context: typer.Context,
     seed: Annotated[int, typer.Option(metavar="S", min=0, help="The same seed gives the same run.")] = 1,
     nodes: Annotated[int, typer.Option(metavar="N", min=1, max=64, help="How many nodes.")] = 3,
-    scenario: Annotated[str | None, typer.Option(metavar="X", help="Which scenario.")] = None,
+    scenario: Annotated[
+        str | None, typer.Option(metavar="X", help="Its name, or a file that ends in .toml.")
+    ] = None,
 ) -> None:
     """Run nodes in a simulated world under faults; exit 1 when a promise is broken."""
+    from knode.simulation.command import reproduction
     from knode.simulation.command import simulate as run
 
     session = session_of(context)
-    outcome = run(seed=seed, nodes=nodes, scenario=scenario)
-    session.show(outcome, render.details)
+    outcome = run(seed=seed, nodes=nodes, scenario=scenario, progress=session.note)
+    session.show(outcome, _summary)
     if outcome["violations"]:
-        raise typer.Exit(1)
+        session.warn(f"again: {reproduction(seed, nodes, scenario)}")
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _summary(outcome: render.Document) -> str:
+    """Show what was run, what came of the tasks, and each promise that was broken."""
+    tasks: dict[str, int] = outcome["tasks"]
+    violations: list[dict[str, Any]] = outcome["violations"]
+    head = render.fields(
+        {
+            "scenario": f"{outcome['scenario']}, seed {outcome['seed']}, {outcome['nodes']} nodes",
+            "time": f"{outcome['virtual_s']:.1f} virtual seconds, {outcome['events']} events",
+            "tasks": ", ".join(f"{count} {state}" for state, count in tasks.items()) or "none",
+            "trace": outcome["trace_hash"],
+            "promises": f"{len(violations)} broken" if violations else "all kept",
+        }
+    )
+    broken = (f"{each['at_s']:9.3f} s  {each['invariant']}: {each['what']}" for each in violations)
+    return "\n".join((head, *map(render.printable, broken)))

@@ -1,0 +1,115 @@
+"""Those who use the cell: they submit direct tasks on random nodes, and know the right answers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from knode.errors import KnodeError
+from knode.simulation.cell import Cell
+from knode.simulation.scenario import Clients
+from knode.simulation.trace import Line
+from knode.simulation.world import SimulatedRandomness
+from knode.tasks.direct import Submission
+from knode.tasks.task import Task
+
+AGENT = "kExecutor:text"
+WORDS = ("mesh", "links", "carry", "frames", "from", "node", "to", "node", "Grüße", "雪", "\n")
+MOST_WORDS = 40
+NAMED_NODE = 0.5
+"""How many tasks ask for a node by its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A task, and what its result must be."""
+
+    task: Task
+    origin: str
+    right: dict[str, int]
+
+
+@dataclass(slots=True)
+class History:
+    """What the clients did and what came of it."""
+
+    submitted: list[Submitted] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+    """By error code: submissions that began nothing."""
+    begun: Counter[str] = field(default_factory=Counter)
+    """By task id: attempts that began on another node than the submitter's."""
+    faults: list[str] = field(default_factory=list)
+    """What nodes logged as their own fault."""
+
+    def read(self, owner: str, line: Line) -> None:
+        """Take a line of the trace."""
+        if line["event"] == "attempt begins":
+            self.begun[line["task"]] += 1
+        if line.get("level") == "error":
+            self.faults.append(f"{owner} logged: {line['event']} ({line.get('error', '')})")
+
+    def states(self) -> dict[str, int]:
+        """Return how many tasks are in each state, and how many were refused."""
+        counts = Counter(str(each.task.state) for each in self.submitted)
+        if self.refused:
+            counts["refused"] = self.refused.total()
+        return dict(sorted(counts.items()))
+
+
+async def submit_for_ever(
+    cell: Cell, clients: Clients, history: History, randomness: SimulatedRandomness
+) -> None:
+    """Submit task after task, until cancelled."""
+    async with trio.open_nursery() as nursery:
+        while True:
+            await trio.sleep(randomness.uniform(*clients.every_s))
+            nursery.start_soon(_submit, cell, clients, history, randomness)
+
+
+async def _submit(cell: Cell, clients: Clients, history: History, randomness: SimulatedRandomness) -> None:
+    up = list(cell.nodes())
+    if not up:
+        return
+    host, node = up[randomness.choose(len(up))]
+    text = " ".join(WORDS[randomness.choose(len(WORDS))] for _ in range(randomness.choose(MOST_WORDS)))
+    named = cell.hosts[randomness.choose(len(cell.hosts))].name
+    submission = Submission(
+        agent=AGENT,
+        input=json.dumps({"op": "count", "text": text}).encode(),
+        on=named if randomness.happens(NAMED_NODE) else None,
+        deadline_s=randomness.uniform(*clients.deadline_s),
+    )
+    try:
+        task = await node.tasks.submit(submission)
+    except KnodeError as error:
+        history.refused[error.code] += 1
+        return
+    except Exception as error:
+        history.faults.append(f"{host.name} broke on a submission: {error!r}")
+        return
+    history.submitted.append(Submitted(task, host.name, right_answer(text)))
+    if randomness.happens(clients.cancelled):
+        await trio.sleep(randomness.uniform(0, 0.05))
+        if not task.state.final:
+            await node.tasks.cancel(task)
+
+
+def right_answer(text: str) -> dict[str, int]:
+    """Return what `kExecutor:text` must count, found in another way than it does."""
+    lines = text.split("\n")
+    return {
+        "bytes": sum(len(character.encode()) for character in text),
+        "characters": len(list(text)),
+        "lines": len(lines) - (lines[-1] == ""),
+        "words": len([word for line in lines for word in line.split(" ") if word]),
+    }
+
+
+def answer_of(task: Task) -> Any:
+    """Return what a succeeded task counted."""
+    assert task.output is not None
+    return json.loads(task.output)["total"]

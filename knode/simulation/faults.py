@@ -1,0 +1,109 @@
+"""Doing what a scenario says goes wrong, again and again, each time at a drawn moment."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import trio
+
+from knode.simulation.cell import Cell
+from knode.simulation.host import Host
+from knode.simulation.scenario import ClockJump, Cut, Fault, Kill, Partition, PowerCut, Stop
+from knode.simulation.world import SimulatedRandomness
+
+CLOCK_JUMP_S = 3600.0
+DISK_EVENTS = 12
+"""A power cut strikes ahead of one of the disk's next twelve writes, when they come soon enough."""
+DISK_EVENT_WITHIN_S = 1.0
+
+
+async def inflict(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> None:
+    """Let `fault` happen again and again until cancelled; then it is undone."""
+    while True:
+        await trio.sleep(randomness.uniform(*fault.every_s))
+        await _once(fault, cell, randomness)
+
+
+async def _once(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> None:
+    match fault:
+        case Kill() | PowerCut() | Stop():
+            await _take_down(fault, cell, randomness)
+        case Partition():
+            await _split(fault, cell, randomness)
+        case Cut():
+            if len(cell.hosts) > 1:
+                one = _choose(cell.hosts, randomness)
+                other = _choose([host for host in cell.hosts if host is not one], randomness)
+                await _cut_all(fault, cell, [(one, other)], randomness)
+        case ClockJump():
+            host = _choose(cell.hosts, randomness)
+            jump_s = randomness.uniform(-CLOCK_JUMP_S, CLOCK_JUMP_S)
+            host.clock.skew_s += jump_s
+            try:
+                await trio.sleep(randomness.uniform(*fault.lasts_s))
+            finally:
+                host.clock.skew_s -= jump_s
+        case _:
+            assert_never(fault)
+
+
+async def _take_down(fault: Kill | PowerCut | Stop, cell: Cell, randomness: SimulatedRandomness) -> None:
+    free = [host for host, _ in cell.nodes() if not host.is_in_trouble]
+    if len(free) < 2:
+        return  # someone stays, so that there is someone to promise anything to
+    host = _choose(free, randomness)
+    host.is_in_trouble = True
+    try:
+        match fault:
+            case Kill():
+                cell.kill(host)
+            case Stop():
+                await cell.stop(host)
+            case PowerCut():
+                await _cut_power(cell, host, randomness)
+        await trio.sleep(randomness.uniform(*fault.lasts_s))
+    finally:
+        with trio.CancelScope(shield=True):
+            await host.until_ended()
+            if isinstance(fault, PowerCut):
+                cell.restore_power(host)
+            await cell.start(host)
+            host.is_in_trouble = False
+
+
+async def _cut_power(cell: Cell, host: Host, randomness: SimulatedRandomness) -> None:
+    """Cut the power in the midst of the disk's work, or after a second without any."""
+    struck = trio.Event()
+
+    def strike() -> None:
+        if not struck.is_set() and host.node is not None:
+            cell.cut_power(host)
+        struck.set()
+
+    host.strike_at(randomness.choose(DISK_EVENTS), strike)
+    with trio.CancelScope(shield=True):
+        with trio.move_on_after(DISK_EVENT_WITHIN_S):
+            await struck.wait()
+        strike()
+
+
+async def _split(fault: Partition, cell: Cell, randomness: SimulatedRandomness) -> None:
+    side = {host.name: randomness.happens(0.5) for host in cell.hosts}
+    pairs = [(a, b) for a in cell.hosts for b in cell.hosts if side[a.name] and not side[b.name]]
+    await _cut_all(fault, cell, pairs, randomness)
+
+
+async def _cut_all(
+    fault: Partition | Cut, cell: Cell, pairs: list[tuple[Host, Host]], randomness: SimulatedRandomness
+) -> None:
+    for a, b in pairs:
+        cell.cut(a, b)
+    try:
+        await trio.sleep(randomness.uniform(*fault.lasts_s))
+    finally:
+        for a, b in pairs:
+            cell.heal(a, b)
+
+
+def _choose(hosts: list[Host], randomness: SimulatedRandomness) -> Host:
+    return hosts[randomness.choose(len(hosts))]

@@ -1,0 +1,167 @@
+"""One simulated machine: its disk and clock, and the node's process on it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import trio
+
+from knode.home.configuration import load_configuration
+from knode.home.folder import complete_home, open_home, prepare_home
+from knode.home.layout import Home
+from knode.identity import KeyPair
+from knode.identity.keystore import create_key
+from knode.mesh.membership import Membership
+from knode.node import Machine, Node
+from knode.node.node import open_database
+from knode.simulation.disk import SimulatedDisk
+from knode.simulation.trace import Trace, TracedLog
+from knode.simulation.volume import Event
+from knode.simulation.world import SimulatedBlocking, SimulatedClock, SimulatedRandomness
+from knode.transport.memory import MemoryNetwork
+from knode.world import World
+
+CORES = 2
+
+
+class Host:
+    """A machine. The node on it is the real one; only its world is not."""
+
+    def __init__(
+        self,
+        name: str,
+        seed: int,
+        network: MemoryNetwork,
+        trace: Trace,
+        *,
+        work_s: tuple[float, float],
+        clock_skew_s: float,
+    ) -> None:
+        self.name = name
+        self.node: Node | None = None
+        """The node, while it is up."""
+        self.up_since = 0.0
+        self.failures: list[str] = []
+        """Errors that ended a life of the node, or that it could not start with."""
+        self.clock = SimulatedClock(clock_skew_s)
+        self._seed = seed
+        self._network = network
+        self._trace = trace
+        self._log = TracedLog(trace, name)
+        self._randomness = SimulatedRandomness(seed, name)
+        self._fate = SimulatedRandomness(seed, f"{name}'s disk")
+        self._blocking_delay_s = work_s
+        self._home = Home(Path("/simulated") / name, runtime_folder=None)
+        self._disk = SimulatedDisk()
+        self.is_in_trouble = False
+        """Whether a fault has taken it down; one at a time is enough."""
+        self._after_crash: SimulatedDisk | None = None
+        self._life = trio.CancelScope()
+        self._changed = trio.Event()
+        self.is_living = False
+        """Whether its process is there, up or not."""
+
+    @property
+    def world(self) -> World:
+        """What the node takes from outside."""
+        blocking = SimulatedBlocking(self._randomness, self._blocking_delay_s)
+        return World(self.clock, self._randomness, self._disk, blocking)
+
+    def make_home(self) -> KeyPair:
+        """Make a home as `knode join` does; return the node's key. No certificate: no TLS is spoken here."""
+        prepare_home(self.world, self._home)
+        key = create_key(self.world, self._home.node_key)
+        complete_home(self.world, self._home, name=self.name)
+        return key
+
+    async def found_cell(self) -> None:
+        """Make a home and found a cell in it, as `knode init` does."""
+        key = self.make_home()
+        owner, recovery = create_key(self.world, self._home.owner_key), KeyPair(self._randomness.token(32))
+        database = await open_database(self.world, self._home)
+        try:
+            membership = Membership(self.world, database, key, owner)
+            await membership.load()
+            await membership.found(recovery=recovery.public, name=self.name)
+        finally:
+            await database.aclose()
+
+    def launch(self, nursery: trio.Nursery) -> None:
+        """Start the node's process; `until_started` waits for the node."""
+        assert not self.is_living
+        self.is_living, self._life = True, trio.CancelScope()
+        nursery.start_soon(self._live)
+
+    async def _live(self) -> None:
+        """Run one life of the process, until it is stopped or dies."""
+        world = self.world
+        try:
+            with self._life:
+                open_home(world, self._home)
+                settings = load_configuration(world, self._home, {}, {}).values
+                carriers = {"memory": self._network.carrier(self.name)}
+                machine = Machine(cores=CORES, busy_percent=lambda: 0, sandbox=None)
+                node = await Node.open(world, self._home, settings, carriers, machine, self._log)
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(node.run)
+                    self.node, self.up_since = node, trio.current_time()
+                    self._tell()
+                    await trio.sleep_forever()
+        except Exception as error:
+            self.failures.append(repr(error))
+            self._trace.note(self.name, "the node failed", error=repr(error))
+        finally:
+            self.node, self.is_living = None, False
+            if self._after_crash is not None:
+                self._disk.close()
+                self._disk, self._after_crash = self._after_crash, None
+            self._tell()
+
+    def stop(self) -> None:
+        """Ask the node to end in order."""
+        self._trace.note(self.name, "is stopped")
+        self._life.cancel()
+
+    def die(self, how: Literal["killed", "power cut"]) -> None:
+        """End the node at this very moment: nothing that it still does reaches anybody or stays.
+
+        Killed, it leaves what it wrote; in a power cut, what it had synced, and of the rest whatever
+        chance left.
+        """
+        self._trace.note(self.name, "dies", how=how)
+        self._network.break_links(self.name)
+        self._disk.watch(lambda event: None)
+        if how == "killed":
+            self._after_crash = SimulatedDisk.restored(self._disk.snapshot())
+        else:
+            self._after_crash = self._disk.crash(self._fate)
+        self.node = None
+        self._life.cancel()
+        self._tell()
+
+    def strike_at(self, disk_event: int, strike: Callable[[], None]) -> None:
+        """Call `strike` in the midst of the disk's work: ahead of that write, sync or removal from now."""
+        left = itertools.count(disk_event, -1)
+
+        def count(event: Event) -> None:
+            if next(left) == 0:
+                strike()
+
+        self._disk.watch(count)
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def until_started(self) -> None:
+        """Return once the node is up, or its process has ended without."""
+        while self.is_living and self.node is None:
+            await self._changed.wait()
+
+    async def until_ended(self) -> None:
+        """Return once the process is gone."""
+        while self.is_living:
+            await self._changed.wait()

@@ -1,0 +1,144 @@
+"""What must hold, by names that say when.
+
+`anytime_…` is asked all the time, `eventually_…` once everything is healed and must become true within
+30 seconds, `finally_…` when all is over. Each gives a sentence for everything that is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import trio
+
+from knode.mesh.liveness import PeerState
+from knode.mesh.peers import CONVERSATIONS_A_PEER
+from knode.simulation.cell import Cell
+from knode.simulation.clients import History, answer_of
+from knode.simulation.stranger import Stranger
+from knode.tasks.direct import KEPT_TASKS, RUNNING_TASKS
+from knode.tasks.lifecycle import State
+
+TASKS_A_HOST = 64
+TASKS_A_PAIR = 64
+"""trio tasks that a node may have alive, and as many again for each peer: far more would be a leak."""
+ON_THEIR_WAY_S = 1.5
+"""What was sent before a silence still arrives within this, however often it is lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What invariants look at."""
+
+    cell: Cell
+    history: History
+    stranger: Stranger
+
+
+Invariant = Callable[[Evidence], Iterator[str]]
+
+
+def anytime_no_node_fails(evidence: Evidence) -> Iterator[str]:
+    """A node never ends by itself, never fails to start again, and logs no fault of its own."""
+    for host in evidence.cell.hosts:
+        yield from (f"{host.name} failed: {failure}" for failure in host.failures)
+    yield from evidence.history.faults
+
+
+def anytime_direct_task_runs_at_most_once(evidence: Evidence) -> Iterator[str]:
+    """However often its request is asked again, an attempt begins once."""
+    for task, count in evidence.history.begun.items():
+        if count > 1:
+            yield f"task {task} began {count} times"
+
+
+def anytime_no_stranger_is_served(evidence: Evidence) -> Iterator[str]:
+    """Who is no member gets a refusal, whatever it says."""
+    yield from evidence.stranger.served
+
+
+def anytime_queues_are_bounded(evidence: Evidence) -> Iterator[str]:
+    """Nothing grows beyond its limit, and no task is leaked."""
+    for host, node in evidence.cell.nodes():
+        load, tasks = node.worker.load, node.tasks.list()
+        if load.queued > node.settings.tasks.queued:
+            yield f"{host.name} lets {load.queued} attempts wait"
+        if len(tasks) > KEPT_TASKS + RUNNING_TASKS:
+            yield f"{host.name} keeps {len(tasks)} tasks"
+        for peer in node.peers.members():
+            # One more while the surplus one is closing.
+            if len(peer.conversations) > CONVERSATIONS_A_PEER + 1:
+                yield f"{host.name} has {len(peer.conversations)} conversations with one peer"
+    hosts = len(evidence.cell.hosts)
+    living = trio.lowlevel.current_statistics().tasks_living
+    if living > TASKS_A_HOST * hosts + TASKS_A_PAIR * hosts * hosts:
+        yield "there are far more trio tasks than nodes need"
+
+
+def anytime_the_silent_are_found_dead(evidence: Evidence) -> Iterator[str]:
+    """Who could not be heard for `mesh.dead_after_s` and one keepalive is alive to nobody."""
+    now = trio.current_time()
+    names = {host.name: host for host in evidence.cell.hosts}
+    for (observer, observed), since in evidence.cell.silent_since.items():
+        node = names[observer].node
+        if node is None or not node.membership.in_cell:
+            continue
+        mesh = node.settings.mesh
+        if now - since <= mesh.dead_after_s + mesh.keepalive_s + ON_THEIR_WAY_S:
+            continue
+        for member in node.membership.roster.members.values():
+            if member.name == observed:
+                state = node.peers.peer(member.key).state
+                if state not in (PeerState.FAILED, PeerState.LEFT):
+                    yield f"{observer} takes {observed} for {state} after too long a silence"
+
+
+def eventually_all_see_all(evidence: Evidence) -> Iterator[str]:
+    """Every node is up, has the same roster, and sees every other one alive."""
+    up = dict((host.name, node) for host, node in evidence.cell.nodes())
+    for host in evidence.cell.hosts:
+        if host.name not in up:
+            yield f"{host.name} is not up"
+    if len({node.membership.roster.digest for node in up.values()}) > 1:
+        yield "the rosters differ"
+    for name, node in up.items():
+        for member in node.membership.roster.members.values():
+            if member.key != node.key.public and node.peers.peer(member.key).state is not PeerState.ALIVE:
+                yield f"{name} does not see {member.name}"
+
+
+def finally_every_task_has_ended(evidence: Evidence) -> Iterator[str]:
+    """No task is left without an end."""
+    for each in evidence.history.submitted:
+        if not each.task.state.final:
+            yield f"task {each.task.id} of {each.origin} is still {each.task.state}"
+
+
+def finally_answers_are_right(evidence: Evidence) -> Iterator[str]:
+    """What succeeded has the right result, and what began nothing has begun nowhere."""
+    for each in evidence.history.submitted:
+        if each.task.state is State.SUCCEEDED and answer_of(each.task) != each.right:
+            yield f"task {each.task.id} counted {answer_of(each.task)}, which is {each.right}"
+
+
+def finally_the_cell_has_worked(evidence: Evidence) -> Iterator[str]:
+    """Some tasks succeeded on other nodes: a cell that does nothing keeps every other promise."""
+    succeeded = [each for each in evidence.history.submitted if each.task.state is State.SUCCEEDED]
+    if not any(each.task.node != each.origin for each in succeeded) and len(evidence.cell.hosts) > 1:
+        yield "no task succeeded on another node"
+
+
+INVARIANTS: Mapping[str, Invariant] = {
+    invariant.__name__: invariant
+    for invariant in (
+        anytime_no_node_fails,
+        anytime_direct_task_runs_at_most_once,
+        anytime_no_stranger_is_served,
+        anytime_queues_are_bounded,
+        anytime_the_silent_are_found_dead,
+        eventually_all_see_all,
+        finally_every_task_has_ended,
+        finally_answers_are_right,
+        finally_the_cell_has_worked,
+    )
+}

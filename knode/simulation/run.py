@@ -1,0 +1,144 @@
+"""One run of a scenario, from the founding of the cell to the last check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from knode.simulation.cell import Cell
+from knode.simulation.clients import History, submit_for_ever
+from knode.simulation.faults import inflict
+from knode.simulation.guard import guard
+from knode.simulation.invariants import INVARIANTS, Evidence
+from knode.simulation.scenario import Scenario
+from knode.simulation.schedule import run_repeatably
+from knode.simulation.stranger import Stranger
+from knode.simulation.trace import Trace
+from knode.simulation.world import SimulatedRandomness
+from knode.tasks.direct import ANSWER_GRACE_S
+
+CHECK_EVERY_S = 0.5
+LOOK_EVERY_S = 0.1
+"""How often it is asked whether all is well again."""
+HEALED_WITHIN_S = 30.0
+MAX_VIOLATIONS = 100
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Violation:
+    """A promise that was broken."""
+
+    at_s: float
+    """Virtual time at which it was seen."""
+    invariant: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a run. A function of scenario, seed and number of nodes."""
+
+    virtual_s: float
+    events: int
+    trace_hash: str
+    tasks: dict[str, int]
+    violations: tuple[Violation, ...]
+
+
+class Run:
+    """A run under way."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        seed: int,
+        nodes: int,
+        *,
+        show: Callable[[str], None] | None = None,
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._scenario = scenario
+        self._seed = seed
+        self._nodes = nodes
+        self._progress = progress
+        self._trace = Trace(show)
+        self._violations: dict[tuple[str, str], Violation] = {}
+
+    def run(self) -> Outcome:
+        """Run it to its end."""
+        return run_repeatably(self._main, self._seed)
+
+    async def _main(self) -> Outcome:
+        with guard():
+            history = History()
+            self._trace.readers.append(history.read)
+            cell = Cell(self._scenario, self._seed, self._nodes, self._trace)
+            stranger = Stranger(cell, self._randomness("stranger"))
+            evidence = Evidence(cell, history, stranger)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(cell.run)
+                self._progress(f"founding a cell of {self._nodes}")
+                await cell.found()
+                await self._settle(evidence)
+                nursery.start_soon(self._watch, evidence)
+                nursery.start_soon(stranger.run)
+                await self._storm(evidence)
+                self._progress("healed")
+                await self._settle(evidence)
+                await trio.sleep(self._scenario.clients.deadline_s[1] + ANSWER_GRACE_S + CHECK_EVERY_S)
+                self._check(evidence, "anytime_")
+                self._check(evidence, "finally_")
+                for host in cell.hosts:
+                    await cell.stop(host)
+                nursery.cancel_scope.cancel()
+            return Outcome(
+                virtual_s=round(trio.current_time(), 3),
+                events=self._trace.events,
+                trace_hash=self._trace.hash,
+                tasks=history.states(),
+                violations=tuple(sorted(self._violations.values())),
+            )
+
+    def _randomness(self, owner: str) -> SimulatedRandomness:
+        return SimulatedRandomness(self._seed, owner)
+
+    async def _storm(self, evidence: Evidence) -> None:
+        """Let clients work and faults happen for as long as the scenario lasts."""
+        cell, history = evidence.cell, evidence.history
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                submit_for_ever, cell, self._scenario.clients, history, self._randomness("clients")
+            )
+            for number, fault in enumerate(self._scenario.faults):
+                nursery.start_soon(inflict, fault, cell, self._randomness(f"fault {number}"))
+            tenth = self._scenario.lasts_s / 10
+            for part in range(1, 11):
+                await trio.sleep(tenth)
+                self._progress(f"{part * tenth:.0f} s of {self._scenario.lasts_s:.0f}: {history.states()}")
+            nursery.cancel_scope.cancel()
+
+    async def _watch(self, evidence: Evidence) -> None:
+        while True:
+            await trio.sleep(CHECK_EVERY_S)
+            self._check(evidence, "anytime_")
+
+    async def _settle(self, evidence: Evidence) -> None:
+        """Wait until what must become true is so; what is not in time is a violation."""
+        for _ in range(round(HEALED_WITHIN_S / LOOK_EVERY_S)):
+            if not self._complaints(evidence, "eventually_"):
+                return
+            await trio.sleep(LOOK_EVERY_S)
+        self._check(evidence, "eventually_")
+
+    def _complaints(self, evidence: Evidence, when: str) -> list[tuple[str, str]]:
+        names = [name for name in self._scenario.invariants if name.startswith(when)]
+        return [(name, what) for name in names for what in INVARIANTS[name](evidence)]
+
+    def _check(self, evidence: Evidence, when: str) -> None:
+        for name, what in self._complaints(evidence, when):
+            if (name, what) not in self._violations and len(self._violations) < MAX_VIOLATIONS:
+                violation = Violation(round(trio.current_time(), 3), name, what)
+                self._violations[name, what] = violation
+                self._trace.note("simulation", "violation", invariant=name, what=what)

@@ -1,0 +1,141 @@
+"""A scenario: what happens, which faults, and which promises must hold. A short TOML file each."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from knode.errors import Code, KnodeError
+from knode.transport.memory import MemorySettings
+
+FOLDER = Path(__file__).parent / "scenarios"
+"""The scenarios that come with knode."""
+DEFAULT = "calm"
+LONGEST_S = 3600.0
+LIMIT_BYTES = 64 * 1024
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_S)]
+Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=60_000)]
+Probability = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+Span = tuple[Seconds, Seconds]
+"""From, to: the value is drawn anew each time."""
+
+
+class NetworkConditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How frames travel."""
+
+    delay_ms: tuple[Milliseconds, Milliseconds] = (0.2, 2.0)
+    loss: Probability = 0.0
+    """Of a frame. It is sent again, so a loss is a delay."""
+    breaks: Probability = 0.0
+    """That a frame breaks its link for good."""
+
+    def settings(self) -> MemorySettings:
+        """Return them as the memory network takes them."""
+        low, high = self.delay_ms
+        return MemorySettings(delay_seconds=(low / 1000, high / 1000), loss=self.loss, breaks=self.breaks)
+
+
+class MachineConditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the machines are."""
+
+    work_ms: tuple[Milliseconds, Milliseconds] = (0.1, 20.0)
+    """What a disk write or an agent's work takes."""
+    clock_skew_s: Seconds = 0.0
+    """How wrong their clocks are at most, either way."""
+
+
+class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who submits tasks."""
+
+    every_s: Span = (0.02, 0.2)
+    deadline_s: Annotated[tuple[float, float], msgspec.Meta()] = (2.0, 10.0)
+    cancelled: Probability = 0.02
+    """How many of the tasks are cancelled again."""
+
+
+class Kill(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="kill"):
+    """A node's process is killed, and started again: its links end at once, its disk stays."""
+
+    every_s: Span
+    lasts_s: Span
+
+
+class PowerCut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="power-cut"):
+    """A machine falls silent, what its disk had not synced is lost, and it comes back."""
+
+    every_s: Span
+    lasts_s: Span
+
+
+class Stop(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="stop"):
+    """A node is stopped in order, and started again."""
+
+    every_s: Span
+    lasts_s: Span
+
+
+class Partition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="partition"):
+    """The nodes fall into two sides that cannot reach each other."""
+
+    every_s: Span
+    lasts_s: Span
+
+
+class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="cut"):
+    """Two nodes cannot reach each other, while both reach the others."""
+
+    every_s: Span
+    lasts_s: Span
+
+
+class ClockJump(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="clock-jump"):
+    """A machine's wall clock goes wrong by up to an hour, and is set right again."""
+
+    every_s: Span
+    lasts_s: Span
+
+
+Fault = Kill | PowerCut | Stop | Partition | Cut | ClockJump
+
+
+class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One scenario. The name is its file's."""
+
+    what: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
+    lasts_s: Seconds
+    invariants: tuple[str, ...]
+    network: NetworkConditions = NetworkConditions()
+    machines: MachineConditions = MachineConditions()
+    clients: Clients = Clients()
+    faults: Annotated[tuple[Fault, ...], msgspec.Meta(max_length=16)] = ()
+
+
+def names() -> list[str]:
+    """Return the names of the scenarios that come with knode, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load(name: str) -> Scenario:
+    """Return a scenario by its name, or read from a file when the name ends in `.toml`.
+
+    Raises:
+        KnodeError: NOT_FOUND, naming the scenarios that there are; INVALID_ARGUMENT for a file that is none.
+    """
+    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    if not path.is_file() or (path.parent == FOLDER and path.stem not in names()):
+        raise KnodeError(
+            Code.NOT_FOUND,
+            f"there is no scenario {name[:80]!r}",
+            f"choose one of {', '.join(names())}, or give a file that ends in .toml",
+        )
+    try:
+        with path.open("rb") as file:
+            return msgspec.convert(tomllib.loads(file.read(LIMIT_BYTES).decode()), Scenario)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise KnodeError(
+            Code.INVALID_ARGUMENT, f"{path.name} is no scenario ({error})", "see docs/guides/simulation.md"
+        ) from error
