@@ -51,6 +51,21 @@ async def test_death_by_a_signal_is_reported_as_a_shell_does(run_python: RunPyth
     assert outcome.exit_code == 128 + signal.SIGSEGV
 
 
+async def test_signals_mean_what_they_mean_everywhere(run_python: RunPython) -> None:
+    outcome = await run_python(
+        """
+import signal, subprocess
+print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+child = subprocess.Popen(["sleep", "600"])
+child.terminate()
+print(child.wait())
+print([name for name in ("SIGTERM", "SIGHUP", "SIGCHLD", "SIGUSR1")
+       if signal.getsignal(getattr(signal, name)) is not signal.SIG_DFL])
+"""
+    )
+    assert outcome.stdout.decode().split("\n") == ["set()", "-15", "[]", ""]
+
+
 async def test_program_works_in_its_own_folder_and_leaves_files_there(
     run_python: RunPython, folder: Path
 ) -> None:

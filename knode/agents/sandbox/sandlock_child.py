@@ -28,9 +28,6 @@ _PR_SET_NO_NEW_PRIVS = 38
 _PR_SET_SECCOMP = 22
 _SECCOMP_MODE_FILTER = 2
 _FAILED = 125
-_ENDED = signal.SIGUSR1
-_STOP = signal.SIGTERM
-"""Sent by the node, and by the kernel when the node dies."""
 
 
 class _FilterProgram(ctypes.Structure):
@@ -40,25 +37,24 @@ class _FilterProgram(ctypes.Structure):
 def main() -> int:
     """Run the command in sandlock; return its exit code as a shell would."""
     policy = json.loads(sys.argv[1])
-    # Waited for below; blocked before any thread starts, so that no thread takes them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {_ENDED, _STOP})
-    _control(_PR_SET_PDEATHSIG, _STOP)
+    events, event = os.pipe()
+    _write_signal_to(event, signal.SIGTERM)
+    _control(_PR_SET_PDEATHSIG, signal.SIGTERM)
     _control(_PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != policy.pop("parent"):
         return _FAILED  # the node died before it could be watched
     _install_filter(bytes.fromhex(policy.pop("filter")))
     started, codes = threading.Event(), list[int]()
-    waiter = threading.Thread(target=_run, args=(policy, sys.argv[2:], started, codes), daemon=True)
-    waiter.start()
-    ended = signal.sigwait({_ENDED, _STOP})
+    threading.Thread(target=_run, args=(policy, sys.argv[2:], started, codes, event), daemon=True).start()
+    os.read(events, 1)  # the command has ended, or the node wants its end, or has died
     started.wait()  # before it, a process could still be on its way
     _kill_descendants()
-    if ended == _STOP or not codes:
-        return _FAILED
-    return codes[0]
+    return codes[0] if codes else _FAILED
 
 
-def _run(policy: dict[str, Any], command: list[str], started: threading.Event, codes: list[int]) -> None:
+def _run(
+    policy: dict[str, Any], command: list[str], started: threading.Event, codes: list[int], event: int
+) -> None:
     """Run the command to its end, then tell the main thread."""
     try:
         # It warns that `gid` is not passed on, which it is, together with `uid`.
@@ -72,7 +68,17 @@ def _run(policy: dict[str, Any], command: list[str], started: threading.Event, c
         codes.append(result.exit_code if result.exit_code >= 0 else 128 + killed)
     finally:
         started.set()
-        os.kill(os.getpid(), _ENDED)
+        os.write(event, b"\0")
+
+
+def _write_signal_to(descriptor: int, number: int) -> None:
+    """Have a signal write to `descriptor`, whichever thread takes it.
+
+    It is not blocked, since the command would inherit that.
+    """
+    os.set_blocking(descriptor, False)
+    signal.set_wakeup_fd(descriptor)
+    signal.signal(number, lambda number, frame: None)
 
 
 def _install_filter(program: bytes) -> None:

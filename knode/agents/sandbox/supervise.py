@@ -88,11 +88,12 @@ async def supervise(
             os.close(descriptor)
     run = _Run(process, limits, own_processes, on_progress, information)
     try:
-        return await run.to_the_end(stdin, folder, before)
+        await run.to_the_end(stdin, folder, before)
     finally:
         with trio.CancelScope(shield=True):
             await run.kill()
             await trio.to_thread.run_sync(make_removable, folder)
+    return run.outcome()
 
 
 class _Run:
@@ -128,8 +129,8 @@ class _Run:
         self._ended = Ended.EXITED
         self._report: Report | None = None
 
-    async def to_the_end(self, stdin: bytes, folder: Path, before: FolderUsage) -> Outcome:
-        """Return once the process has exited or was stopped by a limit."""
+    async def to_the_end(self, stdin: bytes, folder: Path, before: FolderUsage) -> None:
+        """Return once the process has exited or has passed a limit."""
         with trio.move_on_after(self._limits.wall_seconds) as wall:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._feed, stdin)
@@ -145,22 +146,9 @@ class _Run:
                 nursery.cancel_scope.cancel()
         if wall.cancelled_caught:
             self._ended = Ended.WALL
-        await self.kill()
-        self._pass_report_on()
-        exit_code = self._process.returncode
-        if self._ended is Ended.EXITED and exit_code == _KILLED_FOR_CPU:
-            self._ended = Ended.CPU
-        return Outcome(
-            ended=self._ended,
-            exit_code=exit_code if exit_code >= 0 else 128 - exit_code,
-            stdout=bytes(self._output),
-            stderr=self._errors.tail(),
-        )
 
     async def kill(self) -> None:
-        """Kill and reap the process and everything below it; twice is no error."""
-        if self._pidfd < 0:
-            return
+        """Kill and reap the process and everything below it, and close what leads to them. Call it once."""
         with trio.move_on_after(START_SECONDS):
             # Killed before it has told, it could leave a process that nobody knows.
             await self._learn_namespace()
@@ -171,12 +159,24 @@ class _Run:
         self._process.kill()
         await trio.lowlevel.wait_readable(self._pidfd)
         self._process.wait()  # it has exited, so this only reaps
-        for descriptor in (self._pidfd, self._namespace):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._pidfd, self._namespace = -1, None
+        os.close(self._pidfd)
+        if self._namespace is not None:
+            os.close(self._namespace)
         for stream in (self._stdin, self._stdout, self._stderr):
             await stream.aclose()
+
+    def outcome(self) -> Outcome:
+        """Return how it ended, once it was killed."""
+        self._pass_report_on()
+        exit_code = self._process.returncode
+        if self._ended is Ended.EXITED and exit_code == _KILLED_FOR_CPU:
+            self._ended = Ended.CPU
+        return Outcome(
+            ended=self._ended,
+            exit_code=exit_code if exit_code >= 0 else 128 - exit_code,
+            stdout=bytes(self._output),
+            stderr=self._errors.tail(),
+        )
 
     async def _learn_namespace(self) -> None:
         if self._information is None:
