@@ -345,7 +345,12 @@ class Registry:
         return self._folder / "code" / hash_code(files).hex()
 
     def _remove_orphans(self) -> None:
-        kept = {entry.code.name for entry in self._entries.values() if entry.code is not None}
+        """Remove code that no record names, unless a record could not be read: it may name some."""
+        shipped = {manifest.id for manifest in SHIPPED}
+        installed = [entry for agent_id, entry in self._entries.items() if agent_id not in shipped]
+        if any(entry.code is None for entry in installed):
+            return
+        kept = {entry.code.name for entry in installed if entry.code is not None}
         for name in self._world.disk.list_folder(self._folder / "code"):
             if name not in kept:
                 self._world.disk.remove(self._folder / "code" / name)

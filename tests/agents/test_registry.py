@@ -54,6 +54,12 @@ def installed_code(registry: Registry) -> Path:
     return code
 
 
+def installed_code_after(open_registry: Open, source: Path) -> Path:
+    registry = open_registry()
+    registry.install(source)
+    return installed_code(registry)
+
+
 def sign_folder(world: World, folder: Path, key: KeyPair) -> None:
     files = copy_code(world.disk, folder, list_code(folder), None)
     manifest = parse_manifest((folder / "agent.toml").read_text())
@@ -217,6 +223,24 @@ def test_damaged_record_of_one_agent_leaves_the_others(
     assert registry.find("kExecutor:echo").state is State.RUNNING
     registry.start("kExecutor:text")
     assert open_registry().find("kExecutor:text").state is State.RUNNING
+
+
+def test_code_of_a_record_that_cannot_be_read_now_is_kept(
+    open_registry: Open, source: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = installed_code_after(open_registry, source)
+    read = world.disk.read
+
+    def unreadable(path: Path, *, limit_bytes: int) -> bytes:
+        if path.suffix == ".agent":
+            raise KnodeError(Code.DISK_READ_ONLY, f"{path} cannot be read")
+        return read(path, limit_bytes=limit_bytes)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(world.disk, "read", unreadable)
+        assert open_registry().show("kExecutor:echo").state is State.REFUSED
+    assert code.exists()
+    assert open_registry().find("kExecutor:echo").code == code
 
 
 def test_record_of_another_node_is_refused(
