@@ -37,9 +37,13 @@ _decoder: Decoder[Contact] = Decoder(Contact)
 
 
 def sign_contact(key: KeyPair, body: Contact) -> SignedContact:
-    """Sign `body`, which must be about `key`."""
+    """Sign `body`, which must be about `key`.
+
+    Raises:
+        KnodeError: as `open_contact`: what others would refuse is not signed.
+    """
     assert body.key == key.public.raw
-    return SignedContact(body, sign(key, Domain.NODE, encode(body)))
+    return open_contact(sign(key, Domain.NODE, encode(body)))
 
 
 def open_contact(data: bytes) -> SignedContact:

@@ -30,13 +30,18 @@ class Liveness:
     ticked_at: float
     good_bye: bool = False
 
+    @property
+    def fails_at(self) -> float:
+        """When the peer will have failed, should nothing more be heard."""
+        return self.heard_at + self.dead_after_s
+
     def heard(self, now: float) -> None:
         """Note that anything at all came from the peer."""
         self.heard_at = now
         self.good_bye = False
 
     def tick(self, now: float) -> None:
-        """Note that our own clock of work ticked; late ticks excuse the peer by as much."""
+        """Note that our own timer went off; as much as it was late, the peer is excused."""
         late = now - self.ticked_at - self.tick_s
         if late > self.tick_s:
             self.heard_at = min(now, self.heard_at + late)
@@ -50,7 +55,6 @@ class Liveness:
         """Say what to think of the peer now."""
         if self.good_bye:
             return PeerState.LEFT
-        silence = now - self.heard_at
-        if silence >= self.dead_after_s:
+        if now >= self.fails_at:
             return PeerState.FAILED
-        return PeerState.SUSPECT if silence >= self.dead_after_s * 2 / 3 else PeerState.ALIVE
+        return PeerState.SUSPECT if now >= self.heard_at + self.dead_after_s * 2 / 3 else PeerState.ALIVE

@@ -5,7 +5,7 @@ Each change is durable before it is told to anyone. Nothing here touches a link.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,11 +30,13 @@ from knode.mesh.roster import (
     resolve,
     sign_statement,
 )
-from knode.mesh.ticket import LIFETIME_MS, MAX_ADDRESSES, SECRET_BYTES, Ticket
+from knode.mesh.ticket import LIFETIME_MS, MAX_ADDRESSES, SECRET_BYTES, VERSION, Ticket
 from knode.storage import Database
 from knode.world import World
 
 MAX_OPEN_TICKETS = 64
+FORGOTTEN_AFTER_MS = 24 * 60 * 60 * 1000
+"""How long after it expired an unused ticket is still known, to say TICKET_EXPIRED."""
 ASK_FOR_NEW = "ask the inviter for a new one: 'knode invite'"
 
 SCHEMA = """
@@ -69,9 +71,10 @@ class Membership:
 
     def __init__(self, world: World, database: Database, key: KeyPair, owner_key: KeyPair | None) -> None:
         self.key = key
-        self.contacts: dict[bytes, SignedContact] = {}
+        self.contacts: Mapping[bytes, SignedContact] = {}
+        """Where each member can be reached, by its raw key."""
         self.changed: list[Callable[[list[SignedStatement]], None]] = []
-        """Called, after a change of the roster is durable, with the statements that are new."""
+        """Called with the statements that are new, once a change of the roster is durable; must not raise."""
         self._owner_key = owner_key
         self._world = world
         self._database = database
@@ -135,52 +138,55 @@ class Membership:
         add = Add(owner.public.raw, genesis.id, self.key.public.raw, name, Role.ADMIN, now)
         await self.adopt(genesis.id, [genesis, sign_statement(owner, add)])
 
-    async def adopt(self, cell_id: bytes, statements: list[SignedStatement]) -> None:
-        """Belong to this cell from now on: its first statements, which must name this node a member."""
+    async def adopt(
+        self, cell_id: bytes, statements: Iterable[SignedStatement], contacts: Iterable[SignedContact] = ()
+    ) -> None:
+        """Belong to this cell from now on.
+
+        Args:
+            cell_id: id of its genesis.
+            statements: its roster as far as it is known; it must name this node a member.
+            contacts: where other members can be reached.
+
+        Raises:
+            KnodeError: HOME_EXISTS when this node belongs to a cell already, WRONG_NETWORK, UNKNOWN_PEER
+                or KEY_REVOKED when the statements make it no member; then nothing has changed.
+        """
         roster = resolve(cell_id, statements)
         roster.admit(self.key.public.raw)
+        async with self._change:
+            if self.in_cell:
+                raise KnodeError(Code.HOME_EXISTS, "this node belongs to a cell already")
+            known = _newest(contacts, roster, {})
 
-        def write(connection: apsw.Connection) -> None:
-            connection.execute("INSERT INTO cell VALUES (?)", (cell_id,))
-            _insert(connection, roster.statements.values())
+            def write(connection: apsw.Connection) -> None:
+                connection.execute("INSERT INTO cell VALUES (?)", (cell_id,))
+                _keep_contacts(connection, known)
 
-        await self._database.write(write)
-        self._become(roster, list(roster.statements.values()))
+            await self._become(roster, known, write)
 
     async def add(self, statements: Iterable[SignedStatement]) -> list[SignedStatement]:
         """Merge statements into the roster; return those that were new and count.
 
         Raises:
-            KnodeError: RATE_LIMITED when the roster would hold too many.
+            KnodeError: RATE_LIMITED when the roster would hold too many, UNAVAILABLE without a cell,
+                DISK_FULL, DISK_READ_ONLY; then nothing has changed.
         """
         async with self._change:
             known = self.roster.statements
-            roster = resolve(self.roster.cell_id, {**known, **{s.id: s for s in statements}}.values())
-            new = [s for i, s in roster.statements.items() if i not in known]
-            if len(roster.statements) > MAX_STATEMENTS:
-                raise KnodeError(Code.RATE_LIMITED, f"a roster holds at most {MAX_STATEMENTS} statements")
-            if new:
-                await self._database.write(lambda connection: _insert(connection, new))
-                self._become(roster, new)
-        return new
+            roster = resolve(self.roster.cell_id, [*known.values(), *statements])
+            if roster.digest == self.roster.digest:
+                return []
+            return await self._become(roster, self.contacts)
 
     async def add_contacts(self, contacts: Iterable[SignedContact]) -> list[SignedContact]:
         """Keep the contacts of members that are newer than ours; return those."""
-        newer = [
-            c
-            for c in contacts
-            if c.body.key in self.roster.members
-            and (c.body.key not in self.contacts or c.body.issued > self.contacts[c.body.key].body.issued)
-        ]
-        if newer:
-            rows = [(c.body.key, c.body.issued, c.data) for c in newer]
-            await self._database.write(
-                lambda connection: connection.executemany(
-                    "INSERT OR REPLACE INTO contact VALUES (?, ?, ?)", rows
-                )
-            )
-            self.contacts.update({c.body.key: c for c in newer})
-        return newer
+        async with self._change:
+            newer = _newest(contacts, self.roster, self.contacts)
+            if newer:
+                await self._database.write(lambda connection: _keep_contacts(connection, newer))
+                self.contacts = {**self.contacts, **newer}
+        return list(newer.values())
 
     async def issue_ticket(self, role: Role, addresses: tuple[str, ...]) -> tuple[Ticket, int]:
         """Make a one-use ticket; return it and when it expires (wall time, milliseconds).
@@ -194,29 +200,35 @@ class Membership:
                 Code.UNAVAILABLE, "this node has no address that others could dial", "set node.advertise"
             )
         ticket = Ticket(
-            1,
+            VERSION,
             self.key.public.raw,
             self.roster.cell_id,
             self._world.randomness.token(SECRET_BYTES),
             addresses[:MAX_ADDRESSES],
         )
-        now = self._world.clock.wall()
+        public_key, now = ticket.key.public.raw, self._world.clock.wall()
         invitation = Invitation(role, now + LIFETIME_MS)
+        forgotten_before = now - FORGOTTEN_AFTER_MS
+
+        def write(connection: apsw.Connection) -> None:
+            connection.execute(
+                "DELETE FROM ticket WHERE used_by IS NULL AND expires < ?", (forgotten_before,)
+            )
+            row = (public_key, role.value, invitation.expires)
+            connection.execute("INSERT INTO ticket (public_key, role, expires) VALUES (?, ?, ?)", row)
+
         async with self._change:
-            if (
-                sum(i.used_by is None and i.expires > now for i in self._invitations.values())
-                >= MAX_OPEN_TICKETS
-            ):
+            unused = [i for i in self._invitations.values() if i.used_by is None and i.expires > now]
+            if len(unused) >= MAX_OPEN_TICKETS:
                 raise KnodeError(
                     Code.RATE_LIMITED, f"{MAX_OPEN_TICKETS} tickets wait to be used", "wait ten minutes"
                 )
-            row = (ticket.key.public.raw, role.value, invitation.expires)
-            await self._database.write(
-                lambda connection: connection.execute(
-                    "INSERT INTO ticket (public_key, role, expires) VALUES (?, ?, ?)", row
-                )
-            )
-            self._invitations[row[0]] = invitation
+            await self._database.write(write)
+            self._invitations = {
+                key: i
+                for key, i in self._invitations.items()
+                if i.used_by is not None or i.expires >= forgotten_before
+            } | {public_key: invitation}
         return ticket, invitation.expires
 
     def invitation(self, public_key: bytes) -> Invitation:
@@ -245,30 +257,33 @@ class Membership:
     async def redeem(self, public_key: bytes, joiner: PublicKey, name: str, words: tuple[str, ...]) -> Member:
         """Use a ticket: the joiner becomes a member, in the same transaction.
 
+        A node that is a member already, since its join was cut off, stays what it is.
+
         Raises:
-            KnodeError: as `check_ticket`; KEY_REVOKED; NOT_ALLOWED when this node may not invite any more.
+            KnodeError: as `check_ticket`; KEY_REVOKED; NOT_ALLOWED when this node may not invite any more;
+                RATE_LIMITED when it has signed as many statements as an admin may.
         """
         async with self._change:
             invitation, roster = self.check_ticket(public_key, joiner.raw), self.roster
-            if joiner.raw in roster.members:
-                return roster.members[joiner.raw]
-            if joiner.raw in roster.revoked:
-                raise KnodeError(Code.KEY_REVOKED, "this node was revoked", "make a new home on that machine")
-            signer = self._signer("add a member", invitation.role)
-            issued = roster.next_issue_time(joiner.raw, self._world.clock.wall())
-            add = Add(
-                signer.public.raw, roster.cell_id, joiner.raw, roster.free_name(name), invitation.role, issued
-            )
-            statement = sign_statement(signer, add)
+            used = replace(invitation, used_by=joiner.raw, words=words)
 
             def write(connection: apsw.Connection) -> None:
-                used = "UPDATE ticket SET used_by = ?, words = ? WHERE public_key = ?"
-                connection.execute(used, (joiner.raw, " ".join(words), public_key))
-                _insert(connection, [statement])
+                row = (joiner.raw, " ".join(words), public_key)
+                connection.execute("UPDATE ticket SET used_by = ?, words = ? WHERE public_key = ?", row)
 
-            await self._database.write(write)
-            self._invitations[public_key] = replace(invitation, used_by=joiner.raw, words=words)
-            self._become(resolve(roster.cell_id, [*roster.statements.values(), statement]), [statement])
+            if joiner.raw in roster.revoked:
+                raise KnodeError(Code.KEY_REVOKED, "this node was revoked", "make a new home on that machine")
+            if joiner.raw in roster.members:
+                await self._database.write(write)
+            else:
+                add = self._sign_add(joiner.raw, name, invitation.role)
+                after = resolve(roster.cell_id, [*roster.statements.values(), add])
+                if add.id not in after.statements:
+                    raise KnodeError(
+                        Code.RATE_LIMITED, "this admin has signed too many statements", "invite from another"
+                    )
+                await self._become(after, self.contacts, write)
+            self._invitations[public_key] = used
         return self.roster.admit(joiner.raw)
 
     def next_change(self) -> trio.Event:
@@ -354,15 +369,66 @@ class Membership:
             )
         return self.key
 
-    def _become(self, roster: Roster, new: list[SignedStatement]) -> None:
+    def _sign_add(self, member: bytes, name: str, role: Role) -> SignedStatement:
+        signer, roster = self._signer("add a member", role), self.roster
+        issued = roster.next_issue_time(member, self._world.clock.wall())
+        add = Add(signer.public.raw, roster.cell_id, member, roster.free_name(name), role, issued)
+        return sign_statement(signer, add)
+
+    async def _become(
+        self,
+        roster: Roster,
+        contacts: Mapping[bytes, SignedContact],
+        also: Callable[[apsw.Connection], None] = lambda connection: None,
+    ) -> list[SignedStatement]:
+        """Make `roster` durable, and whatever `also` writes; then use it, and tell who listens.
+
+        The caller holds `_change`.
+
+        Args:
+            roster: what follows from the present one.
+            contacts: those of its members that stay are kept.
+            also: runs in the same transaction.
+
+        Returns:
+            The statements that are new.
+        """
+        known = self._roster.statements if self._roster is not None else {}
+        if len(roster.statements) > max(MAX_STATEMENTS, len(known)):
+            raise KnodeError(Code.RATE_LIMITED, f"a roster holds at most {MAX_STATEMENTS} statements")
+        new = [s for i, s in roster.statements.items() if i not in known]
+        rows = [(s.id, s.data) for s in new]
+        void = [(i,) for i in known if i not in roster.statements]
+        gone = [(key,) for key in self.contacts if key not in roster.members]
+
+        def write(connection: apsw.Connection) -> None:
+            connection.executemany("INSERT OR IGNORE INTO statement VALUES (?, ?)", rows)
+            connection.executemany("DELETE FROM statement WHERE id = ?", void)
+            connection.executemany("DELETE FROM contact WHERE key = ?", gone)
+            also(connection)
+
+        await self._database.write(write)
         self._roster = roster
+        self.contacts = {key: c for key, c in contacts.items() if key in roster.members}
         for tell in self.changed:
             tell(new)
         self._next_change.set()
         self._next_change = trio.Event()
+        return new
 
 
-def _insert(connection: apsw.Connection, statements: Iterable[SignedStatement]) -> None:
-    connection.executemany(
-        "INSERT OR IGNORE INTO statement VALUES (?, ?)", [(s.id, s.data) for s in statements]
-    )
+def _newest(
+    contacts: Iterable[SignedContact], roster: Roster, known: Mapping[bytes, SignedContact]
+) -> dict[bytes, SignedContact]:
+    """Return, for each member, the newest of `contacts` that is newer than what is known."""
+    newest: dict[bytes, SignedContact] = {}
+    for contact in sorted(contacts, key=lambda c: c.body.issued):
+        key = contact.body.key
+        if key in roster.members and (key not in known or contact.body.issued > known[key].body.issued):
+            newest[key] = contact
+    return newest
+
+
+def _keep_contacts(connection: apsw.Connection, contacts: Mapping[bytes, SignedContact]) -> None:
+    rows = [(key, c.body.issued, c.data) for key, c in contacts.items()]
+    connection.executemany("INSERT OR REPLACE INTO contact VALUES (?, ?, ?)", rows)

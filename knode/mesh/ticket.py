@@ -6,7 +6,6 @@ and the joining node proves the secret by a signature over the handshake's trans
 
 from __future__ import annotations
 
-from hashlib import sha256
 from typing import Annotated
 
 import base58
@@ -15,8 +14,10 @@ import msgspec
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair, PublicKey
 from knode.klp.codec import Decoder, encode
+from knode.klp.handshake import TICKET_SECRET_BYTES, ticket_key
 
-SECRET_BYTES = 16
+VERSION = 1
+SECRET_BYTES = TICKET_SECRET_BYTES
 LIFETIME_MS = 10 * 60 * 1000
 MAX_ADDRESSES = 4
 PREFIX = "knode-"
@@ -27,7 +28,7 @@ Address = Annotated[str, msgspec.Meta(min_length=3, max_length=261)]
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
     """What the text of a ticket says."""
 
-    version: Annotated[int, msgspec.Meta(ge=1, le=255)]
+    version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
     inviter: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
     cell: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
     secret: Annotated[bytes, msgspec.Meta(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]
@@ -41,7 +42,7 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     @property
     def key(self) -> KeyPair:
         """The key pair that proves the secret."""
-        return KeyPair(sha256(b"KLP/1/ticket-key\0" + self.secret).digest())
+        return ticket_key(self.secret)
 
     def text(self) -> str:
         """The ticket as people pass it on, with a checksum."""
@@ -58,21 +59,25 @@ def parse_ticket(text: str) -> Ticket:
     """Read a ticket's text; white space around and inside it (a wrapped line) does not matter.
 
     Raises:
-        KnodeError: INVALID_ARGUMENT when it is none, or damaged.
+        KnodeError: INVALID_ARGUMENT when it is none, or damaged; UNSUPPORTED_VERSION.
     """
     compact = "".join(text.split())
     ask = "copy the whole line that 'knode invite' printed, or ask for a new ticket"
     if not compact.startswith(PREFIX) or len(compact) > 2048:
         raise KnodeError(Code.INVALID_ARGUMENT, f"this is no ticket: it does not begin with {PREFIX!r}", ask)
+    damaged = KnodeError(Code.INVALID_ARGUMENT, "the ticket is damaged: its checksum does not fit", ask)
     try:
-        ticket = _decoder.decode(base58.b58decode_check(compact.removeprefix(PREFIX)))
-        _ = ticket.inviter_key
-    except (ValueError, KnodeError) as error:
-        raise KnodeError(
-            Code.INVALID_ARGUMENT, "the ticket is damaged: its checksum does not fit", ask
-        ) from error
-    if ticket.version != 1:
+        data = base58.b58decode_check(compact.removeprefix(PREFIX))
+    except ValueError as error:
+        raise damaged from error
+    # Every version is an array that begins with the version, a small number.
+    if len(data) > 1 and data[0] >> 4 == 0x9 and VERSION < data[1] < 0x80:
         raise KnodeError(
             Code.UNSUPPORTED_VERSION, "the ticket was made by a newer knode", "upgrade knode on this machine"
         )
+    try:
+        ticket = _decoder.decode(data)
+        PublicKey(ticket.inviter)
+    except KnodeError as error:
+        raise damaged from error
     return ticket

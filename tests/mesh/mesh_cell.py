@@ -34,6 +34,7 @@ from knode.world import Monotonic, WallTime, World
 from knode.world.real import RealDisk
 
 T = TypeVar("T")
+
 EPOCH_MS = 1_800_000_000_000
 KEEPALIVE_S = 1.0
 DEAD_AFTER_S = 3.0
