@@ -81,7 +81,7 @@ async def supervise(
         if information is not None:
             os.close(information)
         raise KnodeError(
-            Code.NO_SANDBOX, f"{argv[0]} cannot be started: {error.strerror}", "run 'knode doctor'"
+            Code.NO_SANDBOX, f"{argv[0]} cannot be started: {error.strerror}", "run 'knode status'"
         ) from error
     finally:
         for descriptor in pass_fds:
