@@ -207,7 +207,7 @@ attempts = {
 
 
 async def test_node_and_its_processes_cannot_be_touched(run_python: RunPython) -> None:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE), os.getpriority(os.PRIO_PROCESS, 0)
+    before = resource.getrlimit(resource.RLIMIT_CORE), os.getpriority(os.PRIO_PROCESS, 0)
     outcome = await run_python(
         """
 import ctypes, os, resource, signal, sys
@@ -226,7 +226,7 @@ attempts = {
     "read environment": lambda: open(f"/proc/{node}/environ").read(),
     "read command line": lambda: open(f"/proc/{node}/cmdline").read().index("pytest"),
     "take descriptors": lambda: os.listdir(f"/proc/{node}/fd"),
-    "limit": lambda: resource.prlimit(node, resource.RLIMIT_NOFILE, (1, 1)),
+    "limit": lambda: resource.prlimit(node, resource.RLIMIT_CORE, (0, 0)),
     "priority": lambda: os.setpriority(os.PRIO_PROCESS, node, 19),
     "processors": lambda: os.sched_setaffinity(node, {0}),
     "policy": lambda: os.sched_setscheduler(node, os.SCHED_IDLE, os.sched_param(0)),
@@ -237,7 +237,7 @@ attempts = {
         os.getpid(),
     )
     assert outcome.stdout == b""
-    after = resource.getrlimit(resource.RLIMIT_NOFILE), os.getpriority(os.PRIO_PROCESS, 0)
+    after = resource.getrlimit(resource.RLIMIT_CORE), os.getpriority(os.PRIO_PROCESS, 0)
     assert after == before
 
 

@@ -32,6 +32,7 @@ def tries(what):
         return False
     return True
 print(json.dumps({
+    "work": tries(lambda: open("made", "w")) and open("made").read() == "",
     "read a file of the node's home": tries(lambda: open(home + "/secret").read()),
     "write into the node's home": tries(lambda: open(home + "/secret", "w")),
     "connect to a port of the machine": tries(lambda: socket.create_connection(("127.0.0.1", port), 2)),
@@ -39,7 +40,6 @@ print(json.dumps({
     "signal the node": tries(lambda: os.kill(parent, 0)),
     "change the mode of a file of the node's home": tries(lambda: os.chmod(home + "/secret", 0o777)),
     "become another user": tries(lambda: os.setuid(12345)),
-    "work": tries(lambda: open("made", "w")) and open("made").read() == "",
 }))
 """
 
