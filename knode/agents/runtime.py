@@ -117,7 +117,7 @@ class Runner:
             raise KnodeError(
                 Code.NO_SANDBOX,
                 f"{agent_id} needs a sandbox, and none holds on this machine",
-                "install bubblewrap, then restart the node; 'knode status' says why not, docs/guides/agents.md more",
+                "install bubblewrap and restart the node; 'knode status' says why none holds",
             )
         await self._world.blocking.run(lambda: self._registry.verify(entry))
         return await self._run_sandboxed(self._sandbox, entry, attempt, progress)
