@@ -99,8 +99,8 @@ class Conversation:
         self.ended = trio.Event()
         self.end_reason = ""
         self.retired_at: float | None = None
-        self.incoming: dict[int, IncomingStream] = {}
-        self._outgoing: set[int] = set()
+        self._incoming: dict[int, IncomingStream] = {}
+        self._held: set[int] = set()
         self._clock = clock
         self._log = log
         self._admit = admit
@@ -109,6 +109,8 @@ class Conversation:
         self._wake = trio.Event()
         self._flow = trio.lowlevel.ParkingLot()
         self._stop = trio.CancelScope()
+        self._sending = False
+        self._was_synchronised = False
         self._heard_ping: tuple[int, float] = (0, 0.0)
 
     @property
@@ -133,18 +135,32 @@ class Conversation:
         except KnodeError as error:
             self.close(error.message)
 
+    def hold(self, stream: int) -> None:
+        """Stay open, though retired, until the request that this stream belongs to is answered."""
+        self._held.add(stream)
+
+    def let_go(self, stream: int) -> None:
+        """Undo `hold`."""
+        self._held.discard(stream)
+
     def stream_of(self, stream: int) -> IncomingStream:
-        """Return the stream that a request of the peer just opened."""
+        """Return the stream that a request of the peer just opened. Held until `drop_stream`."""
         incoming = IncomingStream(lambda count: self._consumed(stream, count))
-        self.incoming[stream] = incoming
+        self._incoming[stream] = incoming
+        self.hold(stream)
         return incoming
+
+    def refuse_stream(self, stream: int) -> None:
+        """Tell the peer that a stream which its request opened is not wanted."""
+        if self.open:
+            self.session.reset(stream, Code.CANCELLED)
+            self._wake.set()
 
     def drop_stream(self, stream: int) -> None:
         """Forget an incoming stream whose request was answered; tell the peer to stop when it has not."""
-        incoming = self.incoming.pop(stream, None)
-        if incoming is not None and self.open:
-            self.session.reset(stream, Code.CANCELLED)
-            self._wake.set()
+        self.let_go(stream)
+        if self._incoming.pop(stream, None) is not None:
+            self.refuse_stream(stream)
 
     async def upload(self, stream: int, chunks: AsyncIterator[bytes]) -> None:
         """Send all `chunks` as one stream, as fast as link and credit allow.
@@ -154,27 +170,36 @@ class Conversation:
         Raises:
             KnodeError: UNAVAILABLE when the conversation ended, CANCELLED when the peer wants no more.
         """
-        self._outgoing.add(stream)
         try:
             async for chunk in chunks:
                 rest = memoryview(chunk)
                 while rest:
-                    room = self.session.writable(stream) if self.open else 0
+                    self._check_open()
+                    room = self.session.writable(stream)
                     if room > 0:
                         self.session.write(stream, rest[:room])
                         rest = rest[room:]
                         self._wake.set()
                     else:
                         await self._flow.park()
-                    self._check_open()
+            self._check_open()
             self.session.end(stream)
         except BaseException:
             if self.open:
                 self.session.reset(stream, Code.CANCELLED)
             raise
         finally:
-            self._outgoing.discard(stream)
             self._wake.set()
+
+    async def until_synchronised(self) -> None:
+        """Wait until both ends have the same roster.
+
+        Raises:
+            KnodeError: UNAVAILABLE when the conversation ended before that.
+        """
+        await self.synchronised.wait()
+        if not self._was_synchronised:
+            self._check_open()
 
     def retire(self) -> None:
         """Take no part in new requests; close once no stream runs."""
@@ -188,33 +213,45 @@ class Conversation:
 
     async def say_good_bye(self, code: Code, message: str) -> None:
         """Tell the peer why, wait a second at most until it is sent, then end."""
-        if self.open:
-            self.send(Goodbye(code, message))
-            with trio.move_on_after(GOOD_BYE_S):
-                while self.session.has_output and not self.ended.is_set():
-                    await self._flow.park()
+        self.send_or_close(Goodbye(code, message))
+        with trio.move_on_after(GOOD_BYE_S):
+            while self.open and (self.session.has_output or self._sending):
+                await self._flow.park()
         self.close(message)
 
     async def run(self) -> None:
-        """Carry messages until the link or the session ends. Raises only what a bug raises."""
+        """Carry messages until the link or the session ends; whoever calls it closes the link.
+
+        When the session ends by an error, the peer is told, waiting a second at most. Raises nothing but
+        `trio.Cancelled`.
+        """
+        error: KnodeError | None = None
         try:
             with self._stop:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write)
                     nursery.start_soon(self._keep_alive)
-                    await self._read(nursery)
+                    error = await self._read()
                     nursery.cancel_scope.cancel()
         finally:
-            self.ended.set()
-            self.synchronised.set()
-            lost = KnodeError(Code.UNAVAILABLE, f"the link was lost ({self.end_reason})", "try again")
-            for stream in self.incoming.values():
-                stream.fail(lost)
-            self._flow.unpark_all()
-            with trio.CancelScope(shield=True):
-                await self.link.aclose()
+            self._end()
+        if error is not None:
+            self._log.warning("session ended", peer=self.established.peer.node_id, why=self.end_reason)
+            with trio.move_on_after(GOOD_BYE_S):
+                await _send_refusal(self.link, error)
 
-    async def _read(self, nursery: trio.Nursery) -> None:
+    def _end(self) -> None:
+        self._was_synchronised = self.synchronised.is_set()
+        self.ended.set()
+        self.synchronised.set()
+        lost = KnodeError(Code.UNAVAILABLE, f"the link was lost ({self.end_reason})", "try again")
+        for stream in self._incoming.values():
+            stream.fail(lost)
+        self._incoming.clear()
+        self._flow.unpark_all()
+
+    async def _read(self) -> KnodeError | None:
+        """Take what comes until the link ends; return the error when it is the session that ends."""
         try:
             while True:
                 frame = await self.link.receive_frame()
@@ -227,27 +264,25 @@ class Conversation:
                     self._wake.set()
         except LinkClosed as closed:
             self.end_reason = self.end_reason or closed.reason
+            return None
         except KnodeError as error:
             self.end_reason = self.end_reason or f"{error.code}: {error.message}"
-            self._log.warning("session ended", peer=self.established.peer.node_id, why=self.end_reason)
-            nursery.cancel_scope.cancel()
-            with trio.CancelScope(shield=True), trio.move_on_after(GOOD_BYE_S):
-                await _send_refusal(self.link, error)
+            return error
 
     def _take(self, item: Message | StreamData) -> None:
         match item:
             case StreamData(stream=stream, data=data):
-                incoming = self.incoming.get(stream)
+                incoming = self._incoming.get(stream)
                 if incoming is None:
                     self._consumed(stream, len(data))
                 else:
                     incoming.feed(data)
             case StreamEnd(stream=stream):
-                finished = self.incoming.pop(stream, None)
+                finished = self._incoming.pop(stream, None)
                 if finished is not None:
                     finished.finish()
             case StreamReset(stream=stream, code=code):
-                incoming = self.incoming.pop(stream, None)
+                incoming = self._incoming.pop(stream, None)
                 if incoming is not None:
                     incoming.fail(KnodeError(Code.CANCELLED, f"the sender gave up ({code})"))
             case Keepalive():
@@ -272,7 +307,9 @@ class Conversation:
                     self._wake = trio.Event()
                     await self._wake.wait()
                     continue
+                self._sending = True
                 await self.link.send_frame(frame)
+                self._sending = False
                 self._flow.unpark_all()
         except LinkClosed as closed:
             # The reader still takes what had arrived before, and then ends the conversation.
@@ -285,13 +322,13 @@ class Conversation:
             if self.liveness.state(now) is PeerState.FAILED:
                 self.close(f"nothing heard for {self.liveness.dead_after_s:g} s")
             if self.retired_at is not None:
-                idle = not self.incoming and not self._outgoing
-                if idle or now - self.retired_at > RETIRED_AT_MOST_S:
+                if not self._held or now - self.retired_at > RETIRED_AT_MOST_S:
                     self.close("a better link serves this peer")
             echo, heard_at = self._heard_ping
             held = max(0, round((now - heard_at) * 1e6)) if echo else 0
             self.send_or_close(Keepalive(max(1, round(now * 1e6)), echo, held, self._load()))
-            await trio.sleep(self.liveness.tick_s)
+            # Woken when the peer will have failed, so that this is not noticed a whole tick later.
+            await trio.sleep_until(min(now + self.liveness.tick_s, self.liveness.fails_at))
 
     def _consumed(self, stream: int, count: int) -> None:
         if self.open:

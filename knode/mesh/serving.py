@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import trio
 
 from knode.errors import Code, KnodeError
 from knode.klp.answers import Answered, Answers, Fresh, Refused, Running
 from knode.klp.codec import encode
+from knode.klp.limits import MAX_BODY_BYTES
 from knode.klp.messages import Answer, Context, Event, Failure, Request, Response
 from knode.mesh.conversation import Conversation, IncomingStream
 from knode.mesh.membership import Membership
@@ -15,11 +18,22 @@ from knode.mesh.peer import Peer
 from knode.world import Clock, Log, Monotonic
 
 SERVED_AT_ONCE = 256
+SERVED_A_PEER = 64
 EXPIRE_EVERY_S = 10.0
 PROGRESS_TOPIC = "progress"
 
 Source = tuple[bytes, bytes, int]
 """A request, wherever it was heard: source key, source boot, counter."""
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """A request that runs, and the conversation that asked last: there its answer goes."""
+
+    request: Request
+    conversation: Conversation
+    scope: trio.CancelScope
+    stream: IncomingStream | None
 
 
 class Serving:
@@ -31,7 +45,7 @@ class Serving:
         self._methods = methods
         self._clock = clock
         self._log = log
-        self._running: dict[Source, trio.CancelScope] = {}
+        self._running: dict[Source, Work] = {}
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -47,72 +61,79 @@ class Serving:
 
     def take(self, peer: Peer, conversation: Conversation, request: Request) -> None:
         """Answer a request, in a task of its own unless it was answered before."""
-        boot = conversation.established.peer_boot
-        if len(self._running) >= SERVED_AT_ONCE:
-            busy = KnodeError(Code.RATE_LIMITED, "this node answers too many already", "try again later")
-            conversation.send(Failure.of(request.counter, busy))
-            return
-        match self._answers.begin(peer.key.raw, boot, request, self._clock.monotonic()):
+        if self._nursery is None:
+            return  # the node goes down
+        source = (peer.key.raw, conversation.established.peer_boot, request.counter)
+        now = self._clock.monotonic()
+        match self._answers.begin(source[0], source[1], request, now):
+            case Fresh() if self._has_room(peer):
+                work = self._running[source] = Work(
+                    request,
+                    conversation,
+                    trio.CancelScope(deadline=now + request.ttl_ms / 1000),
+                    conversation.stream_of(request.stream) if request.stream else None,
+                )
+                self._nursery.start_soon(self._answer, peer, source, work)
             case Fresh():
-                stream = conversation.stream_of(request.stream) if request.stream else None
-                assert self._nursery is not None
-                self._nursery.start_soon(self._answer, peer, conversation, request, stream)
+                busy = KnodeError(Code.RATE_LIMITED, "this node answers too many already", "try again later")
+                refusal = Failure.of(request.counter, busy)
+                self._answers.finish(*source, refusal, now)
+                self._turn_away(conversation, request, refusal)
             case Running():
-                pass  # its answer will come, over whatever link is there then
+                work = self._running[source]
+                if work.stream is None:  # one that has a stream is bound to the link that carries it
+                    work.conversation = conversation
             case Answered(message=message):
-                conversation.send(message)
+                self._turn_away(conversation, request, message)
             case Refused(code=code, reason=reason):
-                conversation.send(Failure.of(request.counter, KnodeError(code, reason)))
+                self._turn_away(conversation, request, Failure.of(request.counter, KnodeError(code, reason)))
 
     def cancel(self, peer: Peer, conversation: Conversation, counter: int) -> None:
         """Stop a request whose answer is not wanted any more."""
-        scope = self._running.get((peer.key.raw, conversation.established.peer_boot, counter))
-        if scope is not None:
-            scope.cancel()
+        work = self._running.get((peer.key.raw, conversation.established.peer_boot, counter))
+        if work is not None:
+            work.scope.cancel()
 
     def acknowledge(self, peer: Peer, conversation: Conversation, counters: tuple[int, ...]) -> None:
         """Forget answers that have arrived."""
         self._answers.acknowledge(peer.key.raw, conversation.established.peer_boot, counters)
 
-    async def _answer(
-        self, peer: Peer, conversation: Conversation, request: Request, stream: IncomingStream | None
-    ) -> None:
-        source = (peer.key.raw, conversation.established.peer_boot, request.counter)
-        deadline = Monotonic(self._clock.monotonic() + request.ttl_ms / 1000)
-        scope = self._running[source] = trio.CancelScope(deadline=deadline)
+    def _has_room(self, peer: Peer) -> bool:
+        theirs = sum(key == peer.key.raw for key, _, _ in self._running)
+        return theirs < SERVED_A_PEER and len(self._running) < SERVED_AT_ONCE
+
+    @staticmethod
+    def _turn_away(conversation: Conversation, request: Request, answer: Answer) -> None:
+        """Answer without running anything; what would come on the request's stream is not wanted."""
+        conversation.send_or_close(answer)
+        if request.stream:
+            conversation.refuse_stream(request.stream)
+
+    async def _answer(self, peer: Peer, source: Source, work: Work) -> None:
         answer: Answer | None = None
         try:
-            with scope:
-                answer = await self._run_method(peer, conversation, request, deadline, stream)
+            with work.scope:
+                answer = await self._run_method(peer, work)
         finally:
             del self._running[source]
-            if stream is not None:
-                conversation.drop_stream(request.stream)
+            if work.stream is not None:
+                work.conversation.drop_stream(work.request.stream)
+        now = self._clock.monotonic()
         if answer is None:
-            over = self._clock.monotonic() >= deadline
-            error = (
-                KnodeError(Code.EXPIRED, "its time was over")
-                if over
-                else KnodeError(Code.CANCELLED, "cancelled")
-            )
-            answer = Failure.of(request.counter, error)
-        self._answers.finish(*source, answer, self._clock.monotonic())
-        current = conversation if conversation.open else peer.conversation
-        if current is not None and current.established.peer_boot == source[1]:
+            over = KnodeError(Code.EXPIRED, "its time was over")
+            unwanted = KnodeError(Code.CANCELLED, "cancelled")
+            answer = Failure.of(work.request.counter, over if now >= work.scope.deadline else unwanted)
+        self._answers.finish(*source, answer, now)
+        current = _reachable(peer, work)
+        if current is not None:
             current.send_or_close(answer)
 
-    async def _run_method(
-        self,
-        peer: Peer,
-        conversation: Conversation,
-        request: Request,
-        deadline: Monotonic,
-        stream: IncomingStream | None,
-    ) -> Answer:
+    async def _run_method(self, peer: Peer, work: Work) -> Answer:
+        request, conversation = work.request, work.conversation
         established = conversation.established
 
         def progress(body: bytes) -> None:
-            current = conversation if conversation.open else peer.conversation
+            current = _reachable(peer, work)
             if current is not None:
                 correlation = request.counter.to_bytes(16, "big")
                 current.send_or_close(
@@ -121,7 +142,7 @@ class Serving:
 
         try:
             if not established.ticket and not self._methods.before_sync(request.method):
-                await conversation.synchronised.wait()
+                await conversation.until_synchronised()
             role = None if established.ticket else self._membership.roster.admit(peer.key.raw).role
             method = self._methods.admitted(request.method, role)
             body = method.decoder.decode(request.body)
@@ -130,15 +151,27 @@ class Serving:
                 established.session_id,
                 established.ticket,
                 request.context,
-                deadline,
-                stream,
+                Monotonic(work.scope.deadline),
+                work.stream,
                 progress,
             )
             result = await method.handle(call, body)
-            return Response(request.counter, b"" if result is None else encode(result))
+            answer = b"" if result is None else encode(result)
+            if len(answer) > MAX_BODY_BYTES:
+                raise KnodeError(Code.TOO_LARGE, f"an answer carries at most {MAX_BODY_BYTES // 1024} KiB")
+            return Response(request.counter, answer)
         except KnodeError as error:
             return Failure.of(request.counter, error)
         except Exception:
             self._log.error("a method failed", method=request.method, peer=peer.node_id, exc_info=True)
             fault = KnodeError(Code.INTERNAL, "the node failed", "its log has the details: 'knode logs tail'")
             return Failure.of(request.counter, fault)
+
+
+def _reachable(peer: Peer, work: Work) -> Conversation | None:
+    """Return where the asker hears: the conversation that asked last, else the one in use now."""
+    if work.conversation.open:
+        return work.conversation
+    now = peer.conversation
+    same = now is not None and now.established.peer_boot == work.conversation.established.peer_boot
+    return now if same else None
