@@ -136,6 +136,8 @@ def _why_it_ended(returncode: int, said: Path, begin: int) -> KnodeError:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             error = json.loads(line)["error"]
             return KnodeError(Code(error["code"]), error["message"], error["next"])
+    with named_disk_errors(said), said.open("ab", buffering=0) as output:
+        output.write(b"\n")  # on a full disk it could not say anything
     last = "\n".join(lines[-_SHOWN_LINES:]) or "it said nothing"
     return KnodeError(
         Code.INTERNAL, f"the daemon ended as it started (exit code {returncode}):\n{last}", f"look at {said}"
