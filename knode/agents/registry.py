@@ -122,11 +122,12 @@ class Registry:
         """Read and verify every agent, and remove code that no record names."""
         self._world.disk.make_folder(self._folder / "code")
         self._entries = {manifest.id: self._shipped_entry(manifest) for manifest in SHIPPED}
+        of_shipped = {self._record_path(manifest.id) for manifest in SHIPPED}
         for name in self._world.disk.list_folder(self._folder):
-            if name.endswith(_SUFFIX) and not name.startswith("."):
-                entry = self._load_installed(self._folder / name)
-                if entry is not None:
-                    self._entries[entry.manifest.id] = entry
+            path = self._folder / name
+            if name.endswith(_SUFFIX) and not name.startswith(".") and path not in of_shipped:
+                entry = self._load_installed(path)
+                self._entries[entry.manifest.id] = entry
         self._remove_orphans()
 
     def install(self, folder: Path) -> Manifest:
@@ -255,13 +256,12 @@ class Registry:
             return replace(entry, state=State.REFUSED, problem=f"{path} is damaged: {error.message}")
         return entry
 
-    def _load_installed(self, path: Path) -> AgentEntry | None:
-        """Return the agent of a record; None when the record is a shipped agent's."""
+    def _load_installed(self, path: Path) -> AgentEntry:
         try:
             record = self._read(path)
-            if not record.signed:
-                return None
             claimed = open_manifest(record.signed)
+            if path != self._record_path(claimed.manifest.id):
+                _refuse(claimed.manifest.id, f"{path.name} is not the name of its record")
         except KnodeError as error:
             return self._unreadable_entry(path, error.message)
         entry = AgentEntry(
@@ -272,10 +272,9 @@ class Registry:
             files=record.files,
         )
         try:
-            if path != self._record_path(claimed.manifest.id):
-                _refuse(claimed.manifest.id, f"{path.name} is another agent's record")
-            self._verify(record.signed, record.files)
-            verify_code(self._world.disk, self._code_folder(record.files), record.files)
+            self._check_installable(entry.manifest, [file.path for file in entry.files])
+            self._verify(record.signed, entry.files)
+            verify_code(self._world.disk, self._code_folder(entry.files), entry.files)
         except KnodeError as error:
             return replace(entry, state=State.REFUSED, problem=error.message)
         return entry

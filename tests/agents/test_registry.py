@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from knode.agents.code import copy_code, list_code
-from knode.agents.manifest import hash_code, parse_manifest, sign_manifest
+from knode.agents.manifest import Runtime, hash_code, parse_manifest, sign_manifest
 from knode.agents.registry import Registry, State
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair, PublicKey
@@ -223,6 +223,25 @@ def test_damaged_record_of_one_agent_leaves_the_others(
     assert registry.find("kExecutor:echo").state is State.RUNNING
     registry.start("kExecutor:text")
     assert open_registry().find("kExecutor:text").state is State.RUNNING
+
+
+@pytest.mark.parametrize("other", ["kExecutor-text", "kExecutor-other"])
+def test_record_under_the_name_of_another_agent_is_refused(
+    open_registry: Open, source: Path, tmp_path: Path, other: str
+) -> None:
+    open_registry().install(source)
+    folder = tmp_path / "state" / "agents"
+    (folder / "kExecutor-echo.agent").rename(folder / f"{other}.agent")
+    registry = open_registry()
+    agent_id = other.replace("-", ":")
+    assert [entry.manifest.id for entry in registry.list()].count(agent_id) == 1
+    assert registry.show(agent_id).code is None
+    with pytest.raises(KnodeError):
+        registry.find("kExecutor:echo")
+    if agent_id == "kExecutor:text":
+        assert registry.find(agent_id).manifest.runtime is Runtime.BUILTIN
+    else:
+        assert registry.show(agent_id).state is State.REFUSED
 
 
 def test_code_of_a_record_that_cannot_be_read_now_is_kept(

@@ -63,8 +63,8 @@ async def supervise(
 
     When it returns, raises or is cancelled, no descendant of the process is alive.
     """
-    before = measure_folder(folder)
     try:
+        before = measure_folder(folder)
         # Started by the thread that runs the loop, not by a helper thread: the sandboxes ask the
         # kernel to kill them with their parent, and for the kernel the parent is the thread.
         process = subprocess.Popen(  # noqa: ASYNC220
