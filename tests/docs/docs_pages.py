@@ -56,11 +56,13 @@ class Page:
 
     @cached_property
     def shell_lines(self) -> list[str]:
-        """What is typed in the shell blocks; an indented or prompt-less line of a console is output."""
+        """What is typed in the shell blocks; what else a console shows is output."""
         lines: list[str] = []
         for block in self.blocks:
             if block.language == "sh":
                 lines += block.text.splitlines()
+            elif not block.language:
+                lines += [line for line in block.text.splitlines() if line.startswith("knode ")]
             elif block.language == "console":
                 lines += [m["command"] for line in block.text.splitlines() if (m := _PROMPT.match(line))]
         return [line for line in lines if line.strip()]

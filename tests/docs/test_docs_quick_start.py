@@ -26,7 +26,6 @@ from knode.errors import KnodeError
 from knode.home.layout import Home
 
 EVENT_TIMEOUT_S = 60.0
-TICKET = re.compile(r"knode-[1-9A-HJ-NP-Za-km-z]{40,}")
 MAPS = {"tasks", "refusals"}
 """Fields of documents whose keys are data."""
 ANY_KIND = {"result", "value"}
@@ -164,28 +163,31 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
 
 
 def play(machines: dict[str, Machine], steps: list[Step]) -> None:
-    inviting: tuple[Step, subprocess.Popen[str]] | None = None
-    ticket = ""
-    for step in steps:
-        words = knode_words(step.command)
-        assert words is not None
-        machine = machines[step.machine]
-        if words == ["invite"]:
-            # At a terminal it waits of itself.
-            process = machine.start(["invite", "--wait"])
-            assert process.stdout is not None
-            ticket = process.stdout.readline().strip()
-            step.printed, inviting = [ticket], (step, process)
-            continue
-        words = [ticket if word.startswith("knode-") else word for word in words]
-        if words == ["status"]:
-            machine.wait_until_linked()
-        step.printed, step.exit_code = machine.run(*words)
-        if words[0] == "join" and inviting is not None:
-            invite, process = inviting
-            rest, _ = process.communicate(timeout=EVENT_TIMEOUT_S)
-            invite.printed += rest.splitlines()
-            invite.exit_code = process.returncode
+    """Type every command; between `invite` and the join it waits as it does at a terminal."""
+    [invite] = [step for step in steps if step.command == "knode invite"]
+    before, after = steps[: steps.index(invite)], steps[steps.index(invite) + 1 :]
+    for step in before:
+        type_command(machines, step)
+    with machines[invite.machine].start(["invite", "--wait"]) as waiting:
+        try:
+            assert waiting.stdout is not None
+            ticket = waiting.stdout.readline().strip()
+            type_command(machines, after[0], ticket)
+            rest, _ = waiting.communicate(timeout=EVENT_TIMEOUT_S)
+        finally:
+            waiting.kill()
+    invite.printed, invite.exit_code = [ticket, *rest.splitlines()], waiting.returncode
+    machines[invite.machine].wait_until_linked()
+    for step in after[1:]:
+        type_command(machines, step)
+
+
+def type_command(machines: dict[str, Machine], step: Step, ticket: str = "") -> None:
+    words = knode_words(step.command)
+    assert words is not None
+    words = [ticket if word.startswith("knode-") else word for word in words]
+    step.printed, step.exit_code = machines[step.machine].run(*words)
+    assert step.exit_code == 0, (step.command, step.printed)
 
 
 def test_the_quick_start_prints_what_the_readme_shows(played: Played) -> None:
@@ -241,6 +243,7 @@ def test_documents_have_the_shape_that_the_page_shows(played: Played) -> None:
     assert_same_shape(
         shown_in_page("knode config list")[0], home.document("config", "get", "node.port"), "get"
     )
+    assert_same_shape(shown_in_page("knode simulate"), home.document("simulate", "--nodes", "1"), "simulate")
 
 
 def test_a_new_home_and_an_error_have_the_shape_that_the_page_shows(tmp_path: Path) -> None:
