@@ -12,7 +12,7 @@ from typing import Annotated
 import msgspec
 import trio
 
-from knode.errors import KnodeError
+from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
 from knode.klp.codec import Decoder, encode
 from knode.klp.messages import Context
@@ -28,6 +28,8 @@ from knode.world import Log, Monotonic, World
 PULL_S = 10.0
 ANSWER_BYTES = 192 * 1024
 QUEUE = 256
+DISK_AGAIN_S = 5.0
+"""How long news waits before a full disk is asked again."""
 STATEMENTS_TOPIC = "roster.statements"
 CONTACTS_TOPIC = "roster.contacts"
 
@@ -67,7 +69,7 @@ class Gossip:
         self._membership = membership
         self._peers = peers
         self._log = log
-        # Events are taken in order by one task; when it cannot keep up the sender's next pull repairs it.
+        # Events are taken in order by one task.
         self._send_work, self._work = trio.open_memory_channel[tuple[PublicKey, str, bytes]](QUEUE)
         self._opened, self._openings = trio.open_memory_channel[tuple[Peer, Conversation]](QUEUE)
         methods.add("roster.pull", Pull, self._answer_pull, before_sync=True)
@@ -103,6 +105,9 @@ class Gossip:
             self._send_work.send_nowait((key, topic, body))
         except trio.WouldBlock:
             self._log.warning("roster news dropped: too much at once", peer=key.node_id)
+            # The next handshake shows that something is missing here.
+            for conversation in self._peers.peer(key).conversations:
+                conversation.close("it tells more news than can be kept")
 
     async def _synchronise(self, peer: Peer, conversation: Conversation) -> None:
         try:
@@ -141,15 +146,25 @@ class Gossip:
 
     async def _take_events(self) -> None:
         async for key, topic, body in self._work:
-            try:
-                data = _objects.decode(body).data
-                if topic == STATEMENTS_TOPIC:
-                    await self._membership.add([open_statement(item) for item in data])
-                else:
-                    for contact in await self._membership.add_contacts([open_contact(item) for item in data]):
-                        self._peers.dial_now(PublicKey(contact.body.key))
-            except KnodeError as error:
-                self._log.warning("roster news refused", peer=key.node_id, why=str(error))
+            # News is told once, so what a full disk does not take is tried until it does.
+            while True:
+                if await self._take(key, topic, body):
+                    break
+                await trio.sleep(DISK_AGAIN_S)
+
+    async def _take(self, key: PublicKey, topic: str, body: bytes) -> bool:
+        """Keep news, or refuse it for good; False when the disk takes nothing now."""
+        try:
+            data = _objects.decode(body).data
+            if topic == STATEMENTS_TOPIC:
+                await self._membership.add([open_statement(item) for item in data])
+            else:
+                for contact in await self._membership.add_contacts([open_contact(item) for item in data]):
+                    self._peers.dial_now(PublicKey(contact.body.key))
+        except KnodeError as error:
+            self._log.warning("roster news not taken", peer=key.node_id, why=str(error))
+            return error.code not in (Code.DISK_FULL, Code.DISK_READ_ONLY)
+        return True
 
 
 def _packed(data: list[bytes]) -> list[bytes]:
