@@ -22,6 +22,7 @@ from benchmarks.report import ROUNDS, Row
 from knode.transport import Link
 from knode.transport.certificate import client_context, make_certificate, server_context
 from knode.transport.websocket import WebSocketCarrier
+from knode.world import SilentLog
 from knode.world.real import RealClock
 
 BULK_BYTES = 64 * 1024 * 1024
@@ -96,7 +97,7 @@ async def _on_stream(port: int, measure: Callable[[Stream], Awaitable[float]]) -
 
 
 async def _on_link(address: str, measure: Callable[[Link], Awaitable[float]]) -> float:
-    link = await WebSocketCarrier(Path("nothing is listened on")).dial(address)
+    link = await WebSocketCarrier(Path("nothing is listened on"), SilentLog()).dial(address)
     try:
         return await measure(link)
     finally:
@@ -169,7 +170,7 @@ def _serve(certificate: Path, ready: Connection) -> None:
 
 
 async def _serve_both(certificate: Path, ready: Connection) -> None:
-    link_listener = await WebSocketCarrier(certificate).listen("127.0.0.1", 0)
+    link_listener = await WebSocketCarrier(certificate, SilentLog()).listen("127.0.0.1", 0)
     [tcp_listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     tls_listener = trio.SSLListener(tcp_listener, server_context(certificate))
     async with trio.open_nursery() as nursery:

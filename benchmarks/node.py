@@ -30,6 +30,7 @@ from knode.mesh.ticket import parse_ticket
 from knode.node import Machine, Node, initialise, prepare_home
 from knode.tasks.direct import Submission
 from knode.transport.websocket import WebSocketCarrier
+from knode.world import SilentLog
 from knode.world.real import real_world
 
 PINGS = 300
@@ -110,10 +111,10 @@ async def _measure(
     world, home = real_world(), Home(folder)
     prepare_home(home, name="ours", flags={})
     settings = Settings()
-    carriers = {"websocket": WebSocketCarrier(home.certificate)}
+    carriers = {"websocket": WebSocketCarrier(home.certificate, SilentLog())}
     machine = Machine(os.cpu_count() or 1, lambda: 0, None)
     listening = Settings(node=type(settings.node)(host="127.0.0.1", port=0))
-    node = await Node.open(world, home, listening, carriers, machine, _Silent())
+    node = await Node.open(world, home, listening, carriers, machine, SilentLog())
     seconds: dict[str, list[float]] = {}
     async with trio.open_nursery() as nursery:
         await nursery.start(node.run)
@@ -191,11 +192,3 @@ def _resident_mib(pid: int) -> float:
 def _processor_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-class _Silent:
-    """A log that nobody reads: what is measured is the mesh."""
-
-    def debug(self, event: str, **fields: object) -> None: ...
-
-    info = warning = error = debug

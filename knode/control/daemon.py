@@ -69,7 +69,7 @@ async def _serve(world: World, home: Home, configuration: Configuration, log: Op
         await nursery.start(_stop_at_signal, stop)
         choice = await _sandbox(world, home, settings.sandbox.prefer)
         machine = Machine(os.cpu_count() or 1, _busy_percent, choice.sandbox, choice.problems)
-        carriers = {"websocket": WebSocketCarrier(home.certificate)}
+        carriers = {"websocket": WebSocketCarrier(home.certificate, log.logger)}
         node = await Node.open(world, home, settings, carriers, machine, log.logger)
         await nursery.start(node.run)
         await nursery.start(

@@ -7,6 +7,7 @@ is, whoever sends it, and a read takes all the records that have come.
 
 from __future__ import annotations
 
+import socket
 import ssl
 from collections import deque
 
@@ -21,14 +22,21 @@ _PIECE_BYTES = 128 * 1024
 
 
 class TlsStream:
-    """One TLS connection. One task receives; several may flush.
+    """One TLS connection over a connected socket, which it owns. One task receives; several may flush.
+
+    The socket is the system's own, driven without a turn of the loop for a send that the kernel takes at
+    once: a round trip has two of them.
 
     Everything raises OSError when the connection or its TLS fails (`ssl.SSLError` is an OSError), and
     `trio.ClosedResourceError` after `close`, also in tasks that wait.
     """
 
-    def __init__(self, socket: trio.socket.SocketType, context: ssl.SSLContext, *, server_side: bool) -> None:
-        self._socket = socket
+    def __init__(
+        self, connected: trio.socket.SocketType, context: ssl.SSLContext, *, server_side: bool
+    ) -> None:
+        # detached: trio's own methods yield to the loop at each call
+        self._socket = socket.socket(fileno=connected.detach())
+        self._socket.setblocking(False)
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
@@ -51,7 +59,7 @@ class TlsStream:
                 raise
             await self.flush()
             if not done:
-                data = await self._socket.recv(READ_BYTES)
+                data = await self._read()
                 if not data:
                     raise ConnectionResetError("closed while TLS was being set up")
                 self._incoming.write(data)
@@ -75,8 +83,12 @@ class TlsStream:
             await self._sending.acquire()
         try:
             while self._unsent or self._encrypt_next():
-                sent = await self._socket.send(self._unsent)
-                self._unsent = self._unsent[sent:]
+                try:
+                    sent = self._open_socket().send(self._unsent)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._socket)
+                else:
+                    self._unsent = self._unsent[sent:]
         finally:
             self._sending.release()
 
@@ -100,11 +112,24 @@ class TlsStream:
                 pieces = self._decrypt()
                 if pieces or self._ended:
                     return pieces
-            data = await self._socket.recv(READ_BYTES)
+            data = await self._read()
             # no checkpoint from here to the return: what was read is handed over
             if not data:
                 return []
             self._incoming.write(data)
+
+    async def _read(self) -> bytes:
+        """Return what the socket has, waiting for it; empty at the end."""
+        while True:
+            try:
+                return self._open_socket().recv(READ_BYTES)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._socket)
+
+    def _open_socket(self) -> socket.socket:
+        if self._socket.fileno() < 0:
+            raise trio.ClosedResourceError("the connection was closed here")
+        return self._socket
 
     def _decrypt(self) -> list[bytes]:
         """Return the content of all whole records that have come."""
@@ -119,4 +144,6 @@ class TlsStream:
 
     def close(self) -> None:
         """Close the socket at once; twice is no error."""
-        self._socket.close()
+        if self._socket.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()

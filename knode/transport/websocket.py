@@ -14,7 +14,6 @@ from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 
-import structlog
 import trio
 from websockets.client import ClientProtocol
 from websockets.exceptions import WebSocketException
@@ -32,6 +31,7 @@ from knode.transport.interfaces import interface_addresses
 from knode.transport.link import MAX_FRAME_BYTES, Accept, LinkClosed
 from knode.transport.tls import TlsStream
 from knode.transport.websocket_link import WebSocketLink, send_queued
+from knode.world import Log
 
 SUBPROTOCOL = Subprotocol("klp.1")
 PATH = "/klp"
@@ -44,7 +44,6 @@ _BACKLOG = 128
 # a silent peer is found by KLP's keepalive within seconds; these end links that nobody keeps alive
 _TCP_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
-_log = structlog.get_logger(__name__)
 # the core describes each frame to a logger that listens at debug level
 _core_log = logging.getLogger("knode.websockets")
 _core_log.setLevel(logging.ERROR)
@@ -77,10 +76,7 @@ async def _first_event(
             return events[0], events[1:]
 
 
-async def _open_as_server(
-    raw: trio.socket.SocketType, context: ssl.SSLContext, binding: bytes, remote: str
-) -> WebSocketLink:
-    stream = TlsStream(raw, context, server_side=True)
+async def _open_as_server(stream: TlsStream, binding: bytes, remote: str) -> WebSocketLink:
     await stream.handshake()
     protocol = ServerProtocol(
         # a browser names the page's origin; no page has business here
@@ -104,10 +100,7 @@ async def _open_as_server(
     return WebSocketLink(stream, protocol, remote, binding, ())
 
 
-async def _open_as_client(
-    raw: trio.socket.SocketType, context: ssl.SSLContext, address: str
-) -> WebSocketLink:
-    stream = TlsStream(raw, context, server_side=False)
+async def _open_as_client(stream: TlsStream, address: str) -> WebSocketLink:
     await stream.handshake()
     certificate = stream.peer_certificate()
     assert certificate is not None, "a TLS 1.3 server shows a certificate"
@@ -140,12 +133,13 @@ class WebSocketListener:
     connections open without a word shuts nobody out.
     """
 
-    def __init__(self, bound: socket.socket, context: ssl.SSLContext, binding: bytes) -> None:
+    def __init__(self, bound: socket.socket, context: ssl.SSLContext, binding: bytes, log: Log) -> None:
         self.dropped = 0
         """How many connections failed in their opening."""
         self._listening = trio.SocketListener(trio.socket.from_stdlib_socket(bound))
         self._context = context
         self._binding = binding
+        self._log = log
         self._accepting = trio.CancelScope()
         self._openings: dict[trio.CancelScope, None] = {}
         self.addresses = _dialable(bound)
@@ -179,23 +173,28 @@ class WebSocketListener:
             del self._openings[oldest]
             oldest.cancel()
         why = f"not open after {OPENING_SECONDS} seconds, or the oldest when others came"
-        remote = "?"
         link = None
+        try:
+            _prepare(raw)
+            remote = join_address(*raw.getpeername()[:2])
+        except OSError:  # it came and went
+            raw.close()
+            self.dropped += 1
+            return None
+        stream = TlsStream(raw, self._context, server_side=True)
         try:
             with trio.move_on_after(OPENING_SECONDS) as scope:
                 self._openings[scope] = None
-                _prepare(raw)
-                remote = join_address(*raw.getpeername()[:2])
-                link = await _open_as_server(raw, self._context, self._binding, remote)
+                link = await _open_as_server(stream, self._binding, remote)
         except (OSError, _NotOpened) as error:
             why = str(error)
         finally:
             self._openings.pop(scope, None)
             if link is None:
-                raw.close()
+                stream.close()
         if link is None:
             self.dropped += 1
-            _log.info("link opening dropped", remote=remote, reason=why, dropped=self.dropped)
+            self._log.info("link opening dropped", remote=remote, reason=why, dropped=self.dropped)
         return link
 
 
@@ -204,10 +203,12 @@ class WebSocketCarrier:
 
     Args:
         certificate_path: the PEM file with the node's TLS key and certificate. Only `listen` reads it.
+        log: told of connections that become no link.
     """
 
-    def __init__(self, certificate_path: Path) -> None:
+    def __init__(self, certificate_path: Path, log: Log) -> None:
         self._certificate_path = certificate_path
+        self._log = log
         self._client_context = client_context()
 
     async def listen(self, host: str, port: int) -> WebSocketListener:
@@ -243,19 +244,20 @@ class WebSocketCarrier:
                 f"cannot listen on {host!r}, port {port} ({error.strerror or error})",
                 "choose an address of this machine, and a port from 1024 on",
             ) from error
-        return WebSocketListener(bound, context, binding)
+        return WebSocketListener(bound, context, binding, self._log)
 
     async def dial(self, address: str) -> WebSocketLink:
         """Open a link; see `Carrier.dial`."""
         try:
             host, port = split_address(address)
             with trio.fail_after(OPENING_SECONDS):
-                raw = (await trio.open_tcp_stream(host, port)).socket
+                connected = (await trio.open_tcp_stream(host, port)).socket
+                _prepare(connected)
+                stream = TlsStream(connected, self._client_context, server_side=False)
                 try:
-                    _prepare(raw)
-                    return await _open_as_client(raw, self._client_context, join_address(host, port))
+                    return await _open_as_client(stream, join_address(host, port))
                 except BaseException:
-                    raw.close()
+                    stream.close()
                     raise
         except (OSError, ValueError, trio.TooSlowError, WebSocketException, _NotOpened) as error:
             raise KnodeError(Code.UNAVAILABLE, f"no link to {address}: {_reason(error)}") from error

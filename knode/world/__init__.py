@@ -8,8 +8,19 @@ comes from outside: as carriers (`knode.transport`).
 from knode.world.blocking import Blocking
 from knode.world.clock import Clock, Monotonic, WallTime
 from knode.world.disk import Disk, WritableFile
-from knode.world.log import Log
+from knode.world.log import Log, SilentLog
 from knode.world.randomness import Randomness
 from knode.world.world import World
 
-__all__ = ["Blocking", "Clock", "Disk", "Log", "Monotonic", "Randomness", "WallTime", "World", "WritableFile"]
+__all__ = [
+    "Blocking",
+    "Clock",
+    "Disk",
+    "Log",
+    "Monotonic",
+    "Randomness",
+    "SilentLog",
+    "WallTime",
+    "World",
+    "WritableFile",
+]

@@ -15,6 +15,7 @@ from knode.transport import Carrier, Link
 from knode.transport.memory import MemoryLink, MemoryNetwork, MemorySettings
 from knode.transport.websocket import WebSocketCarrier
 from knode.transport.websocket_link import WebSocketLink
+from knode.world import SilentLog
 
 
 class SeededRandomness:
@@ -49,7 +50,9 @@ class Kind:
 
 
 def _websocket_carriers(certificate: Path) -> tuple[Carrier, Carrier]:
-    return WebSocketCarrier(Path("only listened with")), WebSocketCarrier(certificate)
+    return WebSocketCarrier(Path("only listened with"), SilentLog()), WebSocketCarrier(
+        certificate, SilentLog()
+    )
 
 
 def _websocket_sever(link: WebSocketLink) -> None:

@@ -28,6 +28,7 @@ from knode.transport.websocket import (
     WebSocketCarrier,
     WebSocketListener,
 )
+from knode.world import SilentLog
 
 UPGRADE = (
     "GET /klp HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -70,7 +71,7 @@ class Echo:
             while self.listener.dropped < count:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         assert self.listener.dropped == count
-        link = await WebSocketCarrier(Path("dials only")).dial(self.address)
+        link = await WebSocketCarrier(Path("dials only"), SilentLog()).dial(self.address)
         await link.send_frame(b"still here")
         assert await link.receive_frame() == b"still here"
         await link.aclose()
@@ -78,7 +79,7 @@ class Echo:
 
 @pytest.fixture
 async def echo(certificate: Path) -> AsyncIterator[Echo]:
-    listener = await WebSocketCarrier(certificate).listen("127.0.0.1", 0)
+    listener = await WebSocketCarrier(certificate, SilentLog()).listen("127.0.0.1", 0)
     async with trio.open_nursery() as nursery:
         echo = Echo(listener)
         nursery.start_soon(listener.serve, echo.accept)
@@ -303,7 +304,7 @@ async def test_a_slow_opening_is_dropped_after_ten_seconds(
 
 async def test_silent_connections_shut_nobody_out(echo: Echo) -> None:
     silent = [await trio.open_tcp_stream("127.0.0.1", echo.port) for _ in range(OPENINGS_AT_ONCE)]
-    link = await WebSocketCarrier(Path("dials only")).dial(echo.address)
+    link = await WebSocketCarrier(Path("dials only"), SilentLog()).dial(echo.address)
     await link.send_frame(b"here I am")
     assert await link.receive_frame() == b"here I am"
     assert echo.listener.dropped == 1, "the oldest made room"
@@ -387,12 +388,17 @@ async def accepted(stream: TlsStream) -> ServerProtocol:
     return protocol
 
 
+async def dial_listener(certificate: Path, listener: trio.SocketListener) -> Link:
+    port = listener.socket.getsockname()[1]
+    return await WebSocketCarrier(certificate, SilentLog()).dial(f"127.0.0.1:{port}")
+
+
 async def dial_to(nursery: trio.Nursery, certificate: Path, serve: Serve) -> Link:
     """Dial a TLS server that does `serve`."""
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     tls = trio.SSLListener(listener, server_context(certificate), https_compatible=True)
     nursery.start_soon(trio.serve_listeners, serve, [tls])
-    return await WebSocketCarrier(certificate).dial(f"127.0.0.1:{listener.socket.getsockname()[1]}")
+    return await dial_listener(certificate, listener)
 
 
 async def hang_up(link: Link) -> None:
@@ -442,7 +448,7 @@ async def test_dialling_who_speaks_no_tls_says_so(certificate: Path) -> None:
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, serve, [listener])
         with pytest.raises(KnodeError, match="no link to") as raised:
-            await WebSocketCarrier(certificate).dial(f"127.0.0.1:{listener.socket.getsockname()[1]}")
+            await dial_listener(certificate, listener)
         assert raised.value.code is Code.UNAVAILABLE
         nursery.cancel_scope.cancel()
 
@@ -475,7 +481,7 @@ async def test_a_port_that_another_program_holds_is_named(certificate: Path) -> 
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(KnodeError, match=f"listens on port {port}") as raised:
-            await WebSocketCarrier(certificate).listen("127.0.0.1", port)
+            await WebSocketCarrier(certificate, SilentLog()).listen("127.0.0.1", port)
     assert raised.value.code is Code.PORT_IN_USE
     assert raised.value.next_step
 
@@ -488,20 +494,20 @@ async def test_a_damaged_certificate_is_named(tmp_path: Path, content: bytes | N
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(KnodeError, match="holds no TLS key and certificate") as raised:
-        await WebSocketCarrier(path).listen("127.0.0.1", 0)
+        await WebSocketCarrier(path, SilentLog()).listen("127.0.0.1", 0)
     assert raised.value.code is Code.HOME_DAMAGED
 
 
 @pytest.mark.parametrize("host", ["203.0.113.7", "2001:db8::7", "no.such.host.invalid", "not a host"])
 async def test_an_address_that_is_not_ours_is_refused(certificate: Path, host: str) -> None:
     with pytest.raises(KnodeError, match="cannot listen on") as raised:
-        await WebSocketCarrier(certificate).listen(host, 0)
+        await WebSocketCarrier(certificate, SilentLog()).listen(host, 0)
     assert raised.value.code is Code.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("host", ["", "::", "0.0.0.0", "localhost", "127.0.0.1"])
 async def test_every_address_that_a_listener_names_can_be_dialled(certificate: Path, host: str) -> None:
-    carrier = WebSocketCarrier(certificate)
+    carrier = WebSocketCarrier(certificate, SilentLog())
     listener = await carrier.listen(host, 0)
     assert listener.addresses
     async with trio.open_nursery() as nursery:
