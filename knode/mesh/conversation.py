@@ -13,7 +13,6 @@ import trio
 
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
-from knode.klp.frames import refusal
 from knode.klp.handshake import Established
 from knode.klp.messages import Goodbye, Keepalive, Load, Message, StreamEnd, StreamReset
 from knode.klp.session import Session, StreamData
@@ -219,11 +218,11 @@ class Conversation:
                 await self._flow.park()
         self.close(message)
 
-    async def run(self) -> None:
-        """Carry messages until the link or the session ends; whoever calls it closes the link.
+    async def run(self) -> KnodeError | None:
+        """Carry messages until the link or the session ends. Whoever calls it closes the link.
 
-        When the session ends by an error, the peer is told, waiting a second at most. Raises nothing but
-        `trio.Cancelled`.
+        Returns:
+            The error that ended the session, for the peer to be told.
         """
         error: KnodeError | None = None
         try:
@@ -235,10 +234,7 @@ class Conversation:
                     nursery.cancel_scope.cancel()
         finally:
             self._end()
-        if error is not None:
-            self._log.warning("session ended", peer=self.established.peer.node_id, why=self.end_reason)
-            with trio.move_on_after(GOOD_BYE_S):
-                await _send_refusal(self.link, error)
+        return error
 
     def _end(self) -> None:
         self._was_synchronised = self.synchronised.is_set()
@@ -321,9 +317,8 @@ class Conversation:
             self.liveness.tick(now)
             if self.liveness.state(now) is PeerState.FAILED:
                 self.close(f"nothing heard for {self.liveness.dead_after_s:g} s")
-            if self.retired_at is not None:
-                if not self._held or now - self.retired_at > RETIRED_AT_MOST_S:
-                    self.close("a better link serves this peer")
+            if self.retired_at is not None and (not self._held or now - self.retired_at > RETIRED_AT_MOST_S):
+                self.close("a better link serves this peer")
             echo, heard_at = self._heard_ping
             held = max(0, round((now - heard_at) * 1e6)) if echo else 0
             self.send_or_close(Keepalive(max(1, round(now * 1e6)), echo, held, self._load()))
@@ -339,10 +334,3 @@ class Conversation:
     def _check_open(self) -> None:
         if not self.open:
             raise KnodeError(Code.UNAVAILABLE, f"the link was lost ({self.end_reason})", "try again")
-
-
-async def _send_refusal(link: Link, error: KnodeError) -> None:
-    try:
-        await link.send_frame(refusal(error))
-    except LinkClosed:
-        return  # the other end is gone: nobody is left to be told

@@ -2,12 +2,16 @@
 
 When a conversation opens, both ends have told the digest of their roster in the handshake. If they
 differ, each pulls what it lacks before it answers anything else, so a revocation arrives first. Later
-news is pushed to everyone who is here.
+news is pushed to everyone who is here, and passed on by whoever did not know it yet. News that cannot be
+taken in ends the session that brought it, so that the next handshake repairs what is missing.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, TypeVar
 
 import msgspec
 import trio
@@ -15,24 +19,27 @@ import trio
 from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
 from knode.klp.codec import Decoder, encode
-from knode.klp.messages import Context
+from knode.klp.messages import Context, Event
 from knode.mesh.contact import SignedContact, open_contact
 from knode.mesh.conversation import Conversation
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peer import Peer
 from knode.mesh.peers import Peers
-from knode.mesh.roster import MAX_STATEMENTS, SignedStatement, StatementId, open_statement
+from knode.mesh.roster import MAX_STATEMENTS, Revoke, Roster, SignedStatement, StatementId, open_statement
 from knode.world import Log, Monotonic, World
 
 PULL_S = 10.0
 ANSWER_BYTES = 192 * 1024
+FRAMING_BYTES = 5
 QUEUE = 256
+QUEUE_OF_A_PEER = 64
 DISK_AGAIN_S = 5.0
 """How long news waits before a full disk is asked again."""
 STATEMENTS_TOPIC = "roster.statements"
 CONTACTS_TOPIC = "roster.contacts"
 
+T = TypeVar("T")
 Signed = Annotated[bytes, msgspec.Meta(min_length=65, max_length=64 * 1024)]
 
 
@@ -73,8 +80,9 @@ class Gossip:
         self._send_work, self._work = trio.open_memory_channel[tuple[PublicKey, str, bytes]](QUEUE)
         self._opened, self._openings = trio.open_memory_channel[tuple[Peer, Conversation]](QUEUE)
         methods.add("roster.pull", Pull, self._answer_pull, before_sync=True)
+        self._waiting: Counter[bytes] = Counter()
         for topic in (STATEMENTS_TOPIC, CONTACTS_TOPIC):
-            peers.on_event(topic, lambda key, body, topic=topic: self._queue(key, topic, body))  # type: ignore[misc]
+            peers.on_event(topic, partial(self._queue, topic))
         peers.on_conversation.append(self._on_conversation)
         membership.changed.append(self._push_statements)
 
@@ -87,8 +95,8 @@ class Gossip:
 
     def push_contacts(self, contacts: list[SignedContact], *, but: PublicKey | None = None) -> None:
         """Tell everybody who is here about new addresses."""
-        if contacts:
-            self._peers.broadcast(CONTACTS_TOPIC, _packed([c.data for c in contacts])[0], but=but)
+        for body in _packed([c.data for c in contacts]):
+            self._peers.broadcast(CONTACTS_TOPIC, body, but=but)
 
     def _push_statements(self, new: list[SignedStatement]) -> None:
         for body in _packed([s.data for s in new]):
@@ -100,14 +108,15 @@ class Gossip:
         except trio.WouldBlock:
             conversation.close("too many conversations open at once")
 
-    def _queue(self, key: PublicKey, topic: str, body: bytes) -> None:
+    def _queue(self, topic: str, key: PublicKey, body: bytes) -> None:
+        """Let news wait for its turn; RATE_LIMITED, which ends the session, when too much waits."""
         try:
+            if self._waiting[key.raw] >= QUEUE_OF_A_PEER:
+                raise trio.WouldBlock
             self._send_work.send_nowait((key, topic, body))
         except trio.WouldBlock:
-            self._log.warning("roster news dropped: too much at once", peer=key.node_id)
-            # The next handshake shows that something is missing here.
-            for conversation in self._peers.peer(key).conversations:
-                conversation.close("it tells more news than can be kept")
+            raise KnodeError(Code.RATE_LIMITED, "more news at once than this node takes") from None
+        self._waiting[key.raw] += 1
 
     async def _synchronise(self, peer: Peer, conversation: Conversation) -> None:
         try:
@@ -116,7 +125,7 @@ class Gossip:
                 deadline = Monotonic(self._world.clock.monotonic() + PULL_S)
                 answer = await peer.request("roster.pull", have, deadline=deadline)
                 pulled = _pulled.decode(answer)
-                new = await self._membership.add([open_statement(data) for data in pulled.statements])
+                new = await self._membership.add(await _opened(open_statement, pulled.statements))
                 if not pulled.more or not new:
                     break
             if conversation.established.peer_roster_digest != self._membership.roster.digest:
@@ -126,23 +135,17 @@ class Gossip:
                     peer.send_event(STATEMENTS_TOPIC, body, Context())
             contacts = [c.data for _, c in sorted(self._membership.contacts.items())]
             for body in _packed(contacts):
-                peer.send_event(CONTACTS_TOPIC, body, Context())
+                conversation.send_or_close(Event(CONTACTS_TOPIC, Context(), body))
             conversation.synchronised.set()
         except KnodeError as error:
             self._log.warning("roster not synchronised", peer=peer.node_id, why=str(error))
             conversation.close("its roster could not be had")
 
     async def _answer_pull(self, call: Call, pull: Pull) -> Pulled:
-        have = set(pull.have)
-        lacking = [s.data for i, s in self._membership.roster.statements.items() if i not in have]
-        fitting: list[bytes] = []
-        size = 0
-        for data in lacking:
-            size += len(data) + 5
-            if size > ANSWER_BYTES:
-                break
-            fitting.append(data)
-        return Pulled(tuple(fitting), len(fitting) < len(lacking))
+        have, roster = set(pull.have), self._membership.roster
+        lacking = [s.data for s in telling_order(roster) if s.id not in have]
+        told = fitting(lacking)
+        return Pulled(tuple(told), len(told) < len(lacking))
 
     async def _take_events(self) -> None:
         async for key, topic, body in self._work:
@@ -151,15 +154,18 @@ class Gossip:
                 if await self._take(key, topic, body):
                     break
                 await trio.sleep(DISK_AGAIN_S)
+            self._waiting -= Counter([key.raw])
 
     async def _take(self, key: PublicKey, topic: str, body: bytes) -> bool:
         """Keep news, or refuse it for good; False when the disk takes nothing now."""
         try:
             data = _objects.decode(body).data
             if topic == STATEMENTS_TOPIC:
-                await self._membership.add([open_statement(item) for item in data])
+                await self._membership.add(await _opened(open_statement, data))
             else:
-                for contact in await self._membership.add_contacts([open_contact(item) for item in data]):
+                newer = await self._membership.add_contacts(await _opened(open_contact, data))
+                self.push_contacts(newer, but=key)
+                for contact in newer:
                     self._peers.dial_now(PublicKey(contact.body.key))
         except KnodeError as error:
             self._log.warning("roster news not taken", peer=key.node_id, why=str(error))
@@ -167,17 +173,42 @@ class Gossip:
         return True
 
 
+def telling_order(roster: Roster) -> list[SignedStatement]:
+    """Return the statements such that revocations come first, and what an admin signed after the rest.
+
+    An admin's statements count only where the owner's are known, and one message may not hold all.
+    """
+    trusted = (roster.owner.raw, roster.recovery.raw)
+    return sorted(
+        roster.statements.values(),
+        key=lambda s: (s.id != roster.cell_id, not isinstance(s.body, Revoke), s.body.signer not in trusted),
+    )
+
+
+async def _opened(open_one: Callable[[bytes], T], data: tuple[bytes, ...]) -> list[T]:
+    """Decode and verify objects, letting other tasks run in between."""
+    opened: list[T] = []
+    for item in data:
+        opened.append(open_one(item))
+        await trio.lowlevel.checkpoint()
+    return opened
+
+
+def fitting(data: list[bytes], limit_bytes: int = ANSWER_BYTES) -> list[bytes]:
+    """Return as many, from the first on, as fit into one message."""
+    size = 0
+    for count, item in enumerate(data):
+        size += len(item) + FRAMING_BYTES
+        if size > limit_bytes:
+            return data[:count]
+    return data
+
+
 def _packed(data: list[bytes]) -> list[bytes]:
     """Encode signed objects as event bodies of a bounded size."""
     bodies: list[bytes] = []
-    waiting: list[bytes] = []
-    size = 0
-    for item in data:
-        if size + len(item) > ANSWER_BYTES:
-            bodies.append(encode(Objects(tuple(waiting))))
-            waiting, size = [], 0
-        waiting.append(item)
-        size += len(item) + 5
-    if waiting:
-        bodies.append(encode(Objects(tuple(waiting))))
+    while data:
+        first = fitting(data)
+        bodies.append(encode(Objects(tuple(first))))
+        data = data[len(first) :]
     return bodies

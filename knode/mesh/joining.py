@@ -11,11 +11,20 @@ from knode.errors import Code, KnodeError
 from knode.home.folder import NodeName
 from knode.klp.codec import Decoder
 from knode.mesh.contact import SignedContact, open_contact
-from knode.mesh.gossip import Gossip, Signed
+from knode.mesh.gossip import ANSWER_BYTES, Gossip, Signed, fitting, telling_order
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peers import Peers
-from knode.mesh.roster import MAX_STATEMENTS, Member, open_statement
+from knode.mesh.roster import (
+    MAX_STATEMENTS,
+    Add,
+    Genesis,
+    Member,
+    Revoke,
+    SetRole,
+    SignedStatement,
+    open_statement,
+)
 from knode.mesh.ticket import Ticket
 from knode.mesh.words import four_words
 from knode.world import Monotonic, World
@@ -88,22 +97,26 @@ class Joining:
         )
 
     async def _join_at(self, address: str, ticket: Ticket, name: str, contact: SignedContact) -> Welcome:
-        conversation = await self._peers.open_with_ticket(
+        inviter, conversation = await self._peers.open_with_ticket(
             address, ticket.inviter_key, ticket.cell, ticket.key
         )
         try:
-            inviter = self._peers.peer(ticket.inviter_key)
             deadline = Monotonic(self._world.clock.monotonic() + JOIN_S)
             answer = await inviter.request("roster.join", Join(name, contact.data), deadline=deadline)
-            joined = _joined.decode(answer)
-            statements = [open_statement(data) for data in joined.statements]
-            words = four_words(conversation.established.session_id)
+        except KnodeError as error:
+            if error.code in (Code.UNKNOWN, Code.TIMEOUT):
+                # Asking again is safe: whoever has used this ticket may show it again.
+                raise KnodeError(Code.UNAVAILABLE, f"joining was cut off: {error.message}") from error
+            raise
         finally:
             conversation.close("joined")
-            await conversation.ended.wait()
-        await self._membership.adopt(ticket.cell, statements)
-        await self._membership.add_contacts([open_contact(data) for data in joined.contacts])
-        return Welcome(self._membership.own, words)
+        joined = _joined.decode(answer)
+        await self._membership.adopt(
+            ticket.cell,
+            [open_statement(data) for data in joined.statements],
+            [open_contact(data) for data in joined.contacts],
+        )
+        return Welcome(self._membership.own, four_words(conversation.established.session_id))
 
     async def _grant(self, call: Call, join: Join) -> Joined:
         contact = open_contact(join.contact)
@@ -112,7 +125,20 @@ class Joining:
         words = four_words(call.session_id)
         await self._membership.redeem(call.ticket, call.caller, join.name, words)
         self._gossip.push_contacts(await self._membership.add_contacts([contact]), but=call.caller)
-        return Joined(
-            tuple(s.data for s in self._membership.roster.statements.values()),
-            tuple(c.data for c in self._membership.contacts.values()),
-        )
+        return self._joined(call.caller.raw)
+
+    def _joined(self, member: bytes) -> Joined:
+        """Return what fits of roster and contacts, most needed first; the new member pulls the rest."""
+        roster, contacts = self._membership.roster, self._membership.contacts
+        grants = [s.body for s in roster.statements.values() if isinstance(s.body, Add | SetRole)]
+        needed = {member, *(body.signer for body in grants if body.member == member)}
+
+        def is_needed(statement: SignedStatement) -> bool:
+            body = statement.body
+            return isinstance(body, Genesis) or (not isinstance(body, Revoke) and body.member in needed)
+
+        order = sorted(telling_order(roster), key=is_needed, reverse=True)
+        statements = fitting([s.data for s in order])
+        left = ANSWER_BYTES - sum(map(len, statements))
+        own_first = sorted(contacts, key=lambda key: key != self._membership.key.public.raw)
+        return Joined(tuple(statements), tuple(fitting([contacts[key].data for key in own_first], left)))

@@ -8,8 +8,8 @@ so: UNKNOWN.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator, Callable
+import math
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -37,9 +37,9 @@ class Pending:
     request: Request | None = None
     """As it was first sent; None until then. Asked again, it is the same."""
     answer: Answer | None = None
-    error: KnodeError | None = None
+    error: Exception | None = None
     news: trio.Event = field(default_factory=trio.Event)
-    """Set when it is done, or when the peer's last conversation has ended."""
+    """Set when it is done, and when another conversation is used, or none."""
 
     @property
     def done(self) -> bool:
@@ -52,7 +52,7 @@ class Pending:
             self.answer = answer
             self.news.set()
 
-    def fail(self, error: KnodeError) -> None:
+    def fail(self, error: Exception) -> None:
         """End it without an answer."""
         if not self.done:
             self.error = error
@@ -62,13 +62,13 @@ class Pending:
 class Peer:
     """Another node, as this one sees it."""
 
-    def __init__(self, own: PublicKey, key: PublicKey, clock: Clock, dead_after_s: float) -> None:
+    def __init__(
+        self, own: PublicKey, key: PublicKey, clock: Clock, dead_after_s: float, counters: Iterator[int]
+    ) -> None:
         self.key = key
         self.conversation: Conversation | None = None
         """The one that new messages go over."""
         self.conversations: list[Conversation] = []
-        self.announced: dict[str, bytes] = {}
-        """The latest body of each topic that it announced."""
         self.changed = trio.Event()
         """Set, and replaced, whenever another conversation is used, or none."""
         self._own = own
@@ -77,7 +77,7 @@ class Peer:
         self._left = False
         self._heard_at = Monotonic(float("-inf"))
         self._pending: dict[int, Pending] = {}
-        self._counters = itertools.count(1)
+        self._counters = counters
 
     @property
     def node_id(self) -> NodeId:
@@ -133,15 +133,17 @@ class Peer:
         Args:
             method: its name in the peer's table of methods.
             body: at most 256 KiB encoded.
-            deadline: monotonic, at most 5 minutes ahead.
+            deadline: monotonic; it counts as 5 minutes ahead when it lies further.
             context: trace and causation, for both logs.
             chunks: bulk data to send along; such a request is not asked again over another link.
             on_progress: called with the body of each progress event; must not raise.
 
         Raises:
-            KnodeError: UNAVAILABLE: the peer is not here, nothing was sent. UNKNOWN: it restarted or
-                was lost, so nobody can say whether the request was run. TIMEOUT: it may still run.
-                RATE_LIMITED, TOO_LARGE: nothing was sent. Else what the peer answered.
+            KnodeError: UNAVAILABLE: the peer is not here and nothing was sent, or not all `chunks`.
+                UNKNOWN: it restarted or was lost, so nobody can say whether the request was run.
+                TIMEOUT: it may still run. RATE_LIMITED, TOO_LARGE: nothing was sent. Else what the peer
+                answered.
+            Exception: what `chunks` raised.
 
         Cancelling leaves the link usable and tells the peer to stop.
         """
@@ -153,31 +155,51 @@ class Peer:
         counter = next(self._counters)
         pending = self._pending[counter] = Pending(on_progress)
         try:
-            with trio.move_on_at(deadline):
+            with trio.move_on_at(min(deadline, self._clock.monotonic() + MAX_TTL_MS / 1000)):
                 conversation = self.conversation or await self._come_back()
-                ttl_ms = round((deadline - self._clock.monotonic()) * 1000)
-                pending.request = Request(
-                    counter=counter,
-                    destination_boot=conversation.established.peer_boot,
-                    method=method,
-                    ttl_ms=max(1, min(MAX_TTL_MS, ttl_ms)),
-                    stream=0 if chunks is None else conversation.session.open_stream(),
-                    context=context or Context(),
-                    body=encoded,
-                )
-                conversation.send(pending.request)
-                if chunks is None:
-                    await self._answered(pending)
-                else:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(_upload, conversation, pending, chunks)
-                        await self._answered(pending)
-                        nursery.cancel_scope.cancel()
+                await self._ask(conversation, pending, counter, method, encoded, deadline, context, chunks)
             return _result(pending)
         finally:
             del self._pending[counter]
             if pending.request is not None and pending.answer is None and self.conversation is not None:
                 self.conversation.send_or_close(Cancel(counter))
+
+    async def _ask(
+        self,
+        conversation: Conversation,
+        pending: Pending,
+        counter: int,
+        method: str,
+        body: bytes,
+        deadline: Monotonic,
+        context: Context | None,
+        chunks: AsyncIterator[bytes] | None,
+    ) -> None:
+        ttl_ms = round((deadline - self._clock.monotonic()) * 1000)
+        if ttl_ms < 1:
+            return
+        request = Request(
+            counter=counter,
+            destination_boot=conversation.established.peer_boot,
+            method=method,
+            ttl_ms=min(MAX_TTL_MS, ttl_ms),
+            stream=0 if chunks is None else conversation.session.open_stream(),
+            context=context or Context(),
+            body=body,
+        )
+        conversation.send(request)
+        pending.request = request
+        if chunks is None:
+            await self._answered(pending)
+            return
+        conversation.hold(request.stream)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_upload, conversation, request.stream, pending, chunks)
+                await self._answered(pending)
+                nursery.cancel_scope.cancel()
+        finally:
+            conversation.let_go(request.stream)
 
     def take_answer(self, answer: Answer) -> None:
         """Hand an answer to whoever waits for it."""
@@ -193,28 +215,35 @@ class Peer:
 
     def _choose(self) -> None:
         """Use the conversation that both sides prefer, and ask again there what waits."""
-        # Alike on both sides: what the smaller key opened, and of those the newest.
-        first = min(self._own.raw, self.key.raw)
-
-        def rank(conversation: Conversation) -> tuple[bool, float]:
-            opener = self._own.raw if conversation.established.initiator else self.key.raw
-            return opener == first, conversation.opened_at
-
         usable = [c for c in self.conversations if c.open and c.retired_at is None]
-        best = max(usable, key=rank, default=None)
+        best = max(usable, key=self._rank, default=None)
         for conversation in usable:
             if conversation is not best:
                 conversation.retire()
         if best is self.conversation:
             return
         self.conversation = best
-        for pending in list(self._pending.values()):
-            if best is None:
-                pending.news.set()
-            else:
+        for pending in self._pending.values():
+            pending.news.set()
+            if best is not None:
                 self._ask_again(best, pending)
         self.changed.set()
         self.changed = trio.Event()
+
+    def _rank(self, conversation: Conversation) -> tuple[bool, bool, bool, float]:
+        """Rank alike on both sides: what the smaller key opened, and of those the newest.
+
+        One that has been silent for long, or was held with a former process of the peer, comes last: the
+        peer would not have dialled if it still had it.
+        """
+        established = conversation.established
+        opener = self._own.raw if established.initiator else self.key.raw
+        return (
+            established.peer_boot == self.conversations[-1].established.peer_boot,
+            conversation.liveness.state(self._clock.monotonic()) is PeerState.ALIVE,
+            opener == min(self._own.raw, self.key.raw),
+            conversation.opened_at,
+        )
 
     def _ask_again(self, conversation: Conversation, pending: Pending) -> None:
         request = pending.request
@@ -239,29 +268,27 @@ class Peer:
     async def _answered(self, pending: Pending) -> None:
         """Wait for the answer; a peer that stays away too long leaves the request's fate unknown."""
         while not pending.done:
-            if self.conversation is None:
-                with trio.move_on_after(LOST_GRACE_S) as grace:
-                    await self.changed.wait()
-                if grace.cancelled_caught:
-                    pending.fail(_fate_unknown("the node was lost while it worked"))
-            else:
-                pending.news = trio.Event()
+            pending.news = trio.Event()
+            with trio.move_on_after(math.inf if self.conversation else LOST_GRACE_S) as grace:
                 await pending.news.wait()
+            if grace.cancelled_caught:
+                pending.fail(_fate_unknown("the node was lost while it worked"))
 
 
-async def _upload(conversation: Conversation, pending: Pending, chunks: AsyncIterator[bytes]) -> None:
+async def _upload(
+    conversation: Conversation, stream: int, pending: Pending, chunks: AsyncIterator[bytes]
+) -> None:
     """Send the data of a request. Its answer comes over the same link, or not at all."""
-    assert pending.request is not None
     try:
-        await conversation.upload(pending.request.stream, chunks)
-        await conversation.ended.wait()
-        pending.fail(
-            KnodeError(Code.UNAVAILABLE, f"the link was lost ({conversation.end_reason})", "try again")
-        )
+        await conversation.upload(stream, chunks)
     except KnodeError as error:
         # Stopped by the receiver: it says why in its answer.
         if error.code is not Code.CANCELLED:
             pending.fail(error)
+    except Exception as error:
+        pending.fail(error)
+    await conversation.ended.wait()
+    pending.fail(_fate_unknown("the node was lost while it worked"))
 
 
 def _result(pending: Pending) -> bytes:
@@ -275,7 +302,7 @@ def _result(pending: Pending) -> bytes:
         case None if pending.request is not None:
             raise KnodeError(Code.TIMEOUT, "no answer in time; it may still have been done")
         case None:
-            raise KnodeError(Code.UNAVAILABLE, "the node did not come back in time; nothing was sent")
+            raise KnodeError(Code.TIMEOUT, "the time was over before the node was here; nothing was sent")
 
 
 def _fate_unknown(why: str) -> KnodeError:

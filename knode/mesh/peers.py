@@ -1,32 +1,37 @@
-"""A link to every member: listening, dialling, handshakes, and what each message is for."""
+"""A link to every member: listening, dialling, and what each message is for."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Mapping
 
 import trio
 
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair, PublicKey
-from knode.klp.frames import refusal
-from knode.klp.handshake import Established, Initiator, Introduction, Responder
+from knode.klp.handshake import Established
+from knode.klp.limits import MAX_BODY_BYTES
 from knode.klp.messages import Acknowledge, Cancel, Context, Event, Failure, Load, Message, Request, Response
 from knode.mesh.conversation import Conversation
+from knode.mesh.handshakes import Handshakes, close_saying
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Methods
 from knode.mesh.peer import Peer
 from knode.mesh.serving import PROGRESS_TOPIC, Serving
-from knode.transport import Carrier, Link, LinkClosed, Listener
+from knode.transport import Carrier, Link, Listener
 from knode.world import Log, World
 
-HANDSHAKE_S = 10.0
-HANDSHAKES_AT_ONCE = 64
 CONVERSATIONS_AT_ONCE = 512
 CONVERSATIONS_A_PEER = 4
 BACKOFF_FIRST_S = 0.2
 BACKOFF_LONGEST_S = 15.0
+STEADY_S = 5.0
+"""A conversation that lasted so long was a good one: the next dial does not back off any further."""
 HEAD_START_S = 0.3
+"""How much earlier the smaller key dials, and the better of two addresses is dialled."""
+JOIN_S = 30.0
+"""How long a conversation with a joining node may last."""
 
 EventHandler = Callable[[PublicKey, bytes], None]
 
@@ -48,8 +53,7 @@ class Peers:
         load: Callable[[], Load],
     ) -> None:
         self.boot = world.randomness.token(16)
-        self.refusals: Counter[str] = Counter()
-        """How many handshakes each error refused, since the start."""
+        self.handshakes = Handshakes(world, key, self.boot, membership, log)
         self.on_conversation: list[Callable[[Peer, Conversation], None]] = []
         """Called when a conversation with a member was opened."""
         self._world = world
@@ -66,7 +70,9 @@ class Peers:
         self._announcements: dict[str, bytes] = {}
         self._dialling: dict[bytes, trio.Event] = {}
         """For each member that is being kept: set to dial at once."""
-        self._handshakes = 0
+        self._counters = itertools.count(1)  # of requests, whomever they ask: unique for this boot
+        self._conversations = 0
+        self._leaving = False
         self._nursery: trio.Nursery | None = None
         membership.changed.append(lambda _: self._follow_roster())
 
@@ -74,8 +80,13 @@ class Peers:
         """Return the peer with this key."""
         peer = self._peers.get(key.raw)
         if peer is None:
-            peer = self._peers[key.raw] = Peer(self._key.public, key, self._world.clock, self._dead_after_s)
+            peer = self._peers[key.raw] = self._new_peer(key)
         return peer
+
+    @property
+    def refusals(self) -> Mapping[str, int]:
+        """How many handshakes each error refused, since the start."""
+        return self.handshakes.refusals
 
     def members(self) -> list[Peer]:
         """Return a peer for every other member, in the order of their names."""
@@ -89,7 +100,13 @@ class Peers:
         self._event_handlers[topic] = handler
 
     def announce(self, topic: str, body: bytes) -> None:
-        """Tell every member `body` now, and those who come later when they come. The latest counts."""
+        """Tell every member `body` now, and those who come later when they come. The latest counts.
+
+        Raises:
+            KnodeError: TOO_LARGE over 256 KiB.
+        """
+        if len(body) > MAX_BODY_BYTES:
+            raise KnodeError(Code.TOO_LARGE, f"an event carries at most {MAX_BODY_BYTES // 1024} KiB")
         if self._announcements.get(topic) != body:
             self._announcements[topic] = body
             self.broadcast(topic, body)
@@ -128,7 +145,8 @@ class Peers:
             self._nursery = None
 
     async def leave(self) -> None:
-        """Say good-bye to everybody, waiting a second at most."""
+        """Say good-bye to everybody, waiting a second at most; from now on nobody is dialled or let in."""
+        self._leaving = True
         async with trio.open_nursery() as nursery:
             for peer in self._peers.values():
                 for conversation in peer.conversations:
@@ -136,111 +154,67 @@ class Peers:
 
     async def open_with_ticket(
         self, address: str, inviter: PublicKey, cell_id: bytes, ticket: KeyPair
-    ) -> Conversation:
-        """Dial an inviter and prove the ticket; the conversation lasts until it is closed.
+    ) -> tuple[Peer, Conversation]:
+        """Dial an inviter and prove the ticket.
+
+        Returns:
+            The inviter, for this one conversation, which lasts until it is closed.
 
         Raises:
             KnodeError: UNAVAILABLE, or what the inviter refused it with.
         """
-        introduction = Introduction(cell_id, self.boot, bytes(32))
         link = await self._dial(address)
-        established = await self._shake_hands(link, self._initiate(link, introduction, inviter, ticket))
-        return self._converse(link, established)
+        established = await self.handshakes.with_ticket(link, inviter, cell_id, ticket)
+        try:
+            return self._converse(link, established)
+        except KnodeError:
+            await link.aclose()
+            raise
 
-    # Handshakes.
+    def _new_peer(self, key: PublicKey) -> Peer:
+        return Peer(self._key.public, key, self._world.clock, self._dead_after_s, self._counters)
 
     async def _dial(self, address: str) -> Link:
         for carrier in self._carriers.values():
             return await carrier.dial(address)
         raise KnodeError(Code.UNAVAILABLE, "this node has no carrier")
 
-    async def _initiate(
-        self, link: Link, introduction: Introduction, peer: PublicKey, ticket: KeyPair | None
-    ) -> Established:
-        initiator = Initiator(
-            self._key,
-            introduction,
-            expected_peer=peer,
-            channel_binding=link.channel_binding,
-            nonce=self._world.randomness.token(32),
-            ticket=ticket,
-        )
-        await link.send_frame(initiator.hello())
-        proof, established = initiator.receive(await link.receive_frame())
-        await link.send_frame(proof)
-        return established
-
-    async def _respond(self, link: Link) -> Established:
-        responder = Responder(
-            self._key,
-            self._introduction(),
-            admit=self._membership.admit,
-            channel_binding=link.channel_binding,
-            nonce=self._world.randomness.token(32),
-        )
-        await link.send_frame(responder.receive_hello(await link.receive_frame()))
-        return responder.receive_auth(await link.receive_frame())
-
-    async def _shake_hands(self, link: Link, handshake: Awaitable[Established]) -> Established:
-        """Await a handshake for ten seconds at most; a link whose handshake failed is told why and closed.
-
-        Raises:
-            KnodeError: what this end or the other refuses; UNAVAILABLE when the link was lost.
-        """
-        try:
-            with trio.fail_after(HANDSHAKE_S):
-                return await handshake
-        except KnodeError as error:
-            self.refusals[error.code] += 1
-            self._log.warning(
-                "handshake refused", code=error.code, why=str(error), address=link.remote_address
-            )
-            await _close_saying(link, error)
-            raise
-        except (LinkClosed, trio.TooSlowError) as error:
-            await link.aclose()
-            why = f"the handshake with {link.remote_address} was cut off"
-            raise KnodeError(Code.UNAVAILABLE, why, "try again") from error
-        except BaseException:
-            await link.aclose()
-            raise
-
-    def _introduction(self) -> Introduction:
-        roster = self._membership.roster
-        return Introduction(roster.cell_id, self.boot, roster.digest)
-
     async def _accept(self, link: Link) -> None:
-        carried = sum(len(peer.conversations) for peer in self._peers.values())
-        if self._handshakes >= HANDSHAKES_AT_ONCE or carried >= CONVERSATIONS_AT_ONCE:
-            self.refusals[Code.RATE_LIMITED] += 1
+        if self._leaving:
             return
-        self._handshakes += 1
+        if self._conversations >= CONVERSATIONS_AT_ONCE:
+            busy = f"this node has {CONVERSATIONS_AT_ONCE} links already"
+            await close_saying(link, KnodeError(Code.RATE_LIMITED, busy, "try again later"))
+            return
         try:
-            established = await self._shake_hands(link, self._respond(link))
-        except KnodeError as error:
-            self._log.debug("link dropped", address=link.remote_address, why=error.message)
-            return
-        finally:
-            self._handshakes -= 1
-        conversation = self._converse(link, established)
+            established = await self.handshakes.answer(link)
+        except KnodeError:
+            return  # logged and counted there
+        _, conversation = self._converse(link, established)
+        with trio.move_on_after(JOIN_S if established.ticket else math.inf):
+            await conversation.ended.wait()
+        conversation.close("joining took too long")
         await conversation.ended.wait()
-
-    # Keeping links.
 
     def _follow_roster(self) -> None:
         """Close what a revocation ended, and keep a link to whoever is new."""
         if self._nursery is None or not self._membership.in_cell:
             return
         roster = self._membership.roster
-        for raw_key in roster.revoked:
-            if raw_key in self._peers:
-                for conversation in self._peers[raw_key].conversations:
-                    conversation.close("revoked")
-        if self._key.public.raw in roster.members:
-            for peer in self.members():
-                if peer.key.raw not in self._dialling:
-                    self._dialling[peer.key.raw] = trio.Event()
-                    self._nursery.start_soon(self._keep, peer)
+        for raw_key, peer in self._peers.items():
+            try:
+                roster.admit(raw_key)
+            except KnodeError as error:
+                for conversation in peer.conversations:
+                    self._nursery.start_soon(conversation.say_good_bye, error.code, error.message)
+        for peer in self.members():
+            if peer.key.raw not in self._dialling and self._is_wanted(peer):
+                self._dialling[peer.key.raw] = trio.Event()
+                self._nursery.start_soon(self._keep, peer)
+
+    def _is_wanted(self, peer: Peer) -> bool:
+        members = self._membership.roster.members
+        return peer.key.raw in members and self._key.public.raw in members and not self._leaving
 
     async def _keep(self, peer: Peer) -> None:
         """Keep a conversation with a member open for as long as it is one."""
@@ -248,41 +222,53 @@ class Peers:
         if self._key.public.raw > peer.key.raw:
             await trio.sleep(HEAD_START_S)  # so that both seldom dial at once
         try:
-            while peer.key.raw in self._membership.roster.members:
-                if peer.conversation is not None:
-                    backoff_s = BACKOFF_FIRST_S
-                    await peer.changed.wait()
-                    continue
-                now = self._dialling[peer.key.raw] = trio.Event()
+            while self._is_wanted(peer):
+                learned = self._dialling[peer.key.raw] = trio.Event()
                 await self._try_addresses(peer)
-                if peer.conversation is None:
-                    with trio.move_on_after(backoff_s * self._world.randomness.uniform(0.5, 1.5)):
-                        await now.wait()
-                    backoff_s = min(BACKOFF_LONGEST_S, backoff_s * 2)
+                begun = self._world.clock.monotonic()
+                while peer.conversation is not None:
+                    await peer.changed.wait()
+                if self._world.clock.monotonic() - begun >= STEADY_S:
+                    backoff_s = BACKOFF_FIRST_S
+                with trio.move_on_after(backoff_s * self._world.randomness.uniform(0.5, 1.5)):
+                    await learned.wait()
+                backoff_s = min(BACKOFF_LONGEST_S, backoff_s * 2)
         finally:
             del self._dialling[peer.key.raw]
 
     async def _try_addresses(self, peer: Peer) -> None:
+        """Dial a member's addresses, each a moment after the one before, until there is a conversation."""
         contact = self._membership.contacts.get(peer.key.raw)
-        for address in contact.body.addresses if contact is not None else ():
-            if peer.conversation is not None:
-                return
-            try:
-                link = await self._dial(address)
-                initiated = self._initiate(link, self._introduction(), peer.key, None)
-                established = await self._shake_hands(link, initiated)
-            except KnodeError as error:
-                self._log.debug("dial failed", peer=peer.node_id, address=address, why=error.message)
-            else:
-                self._converse(link, established)
-                return
+        async with trio.open_nursery() as nursery:
+            for address in contact.body.addresses if contact is not None else ():
+                if peer.conversation is not None:
+                    break
+                nursery.start_soon(self._try_address, peer, address, nursery.cancel_scope)
+                with trio.move_on_after(HEAD_START_S):
+                    await peer.changed.wait()
 
-    # Conversations.
+    async def _try_address(self, peer: Peer, address: str, others: trio.CancelScope) -> None:
+        try:
+            await self._open(peer, address)
+            others.cancel()
+        except KnodeError as error:
+            self._log.debug("dial failed", peer=peer.node_id, address=address, why=error.message)
 
-    def _converse(self, link: Link, established: Established) -> Conversation:
-        """Start the tasks of an established session; its peer uses it from now on."""
-        assert self._nursery is not None
-        peer = self.peer(established.peer)
+    async def _open(self, peer: Peer, address: str) -> None:
+        link = await self._dial(address)
+        self._converse(link, await self.handshakes.with_member(link, peer.key))
+
+    def _converse(self, link: Link, established: Established) -> tuple[Peer, Conversation]:
+        """Start the tasks of an established session; its peer uses it from now on.
+
+        A joining node is no peer yet: it, and its inviter for it, exists for this conversation alone.
+
+        Raises:
+            KnodeError: UNAVAILABLE when this node goes down.
+        """
+        if self._nursery is None:
+            raise KnodeError(Code.UNAVAILABLE, "this node is not running")
+        peer = self._new_peer(established.peer) if established.ticket else self.peer(established.peer)
         conversation = Conversation(
             link,
             self._key,
@@ -295,6 +281,7 @@ class Peers:
             deliver=lambda conversation, message: self._deliver(peer, conversation, message),
             load=self._load,
         )
+        self._conversations += 1
         peer.attach(conversation)
         for surplus in peer.conversations[:-CONVERSATIONS_A_PEER]:
             surplus.close("too many links to one peer")
@@ -304,18 +291,26 @@ class Peers:
                 "peer connected", peer=peer.node_id, link=link.carrier, address=link.remote_address
             )
             for topic, body in self._announcements.items():
-                conversation.send(Event(topic, Context(), body))
+                conversation.send_or_close(Event(topic, Context(), body))
             for tell in self.on_conversation:
                 tell(peer, conversation)
-        return conversation
+        return peer, conversation
 
     async def _carry(self, peer: Peer, conversation: Conversation) -> None:
+        error: KnodeError | None = None
         try:
-            await conversation.run()
+            error = await conversation.run()
         finally:
+            self._conversations -= 1
             peer.detach(conversation)
             if not conversation.established.ticket:
                 self._log.info("peer disconnected", peer=peer.node_id, why=conversation.end_reason)
+                self._forget_stranger(peer)
+            await close_saying(conversation.link, error)
+
+    def _forget_stranger(self, peer: Peer) -> None:
+        if not peer.conversations and peer.key.raw not in self._membership.roster.members:
+            self._peers.pop(peer.key.raw, None)
 
     def _admit_again(self, established: Established) -> None:
         """Check membership before each frame; whoever holds a ticket of ours, or the inviter, may finish."""
@@ -323,6 +318,16 @@ class Peers:
             self._membership.admit(established)
 
     def _deliver(self, peer: Peer, conversation: Conversation, message: Message) -> None:
+        try:
+            self._take(peer, conversation, message)
+        except KnodeError:
+            raise
+        except Exception as error:
+            # A fault of ours ends this session; no peer may end the node.
+            self._log.error("a message could not be taken", peer=peer.node_id, exc_info=True)
+            raise KnodeError(Code.INTERNAL, "the node failed to take a message") from error
+
+    def _take(self, peer: Peer, conversation: Conversation, message: Message) -> None:
         match message:
             case Request():
                 self._serving.take(peer, conversation, message)
@@ -338,17 +343,6 @@ class Peers:
             case Event(topic=topic, body=body) if (
                 topic in self._event_handlers and not conversation.established.ticket
             ):
-                peer.announced[topic] = body
                 self._event_handlers[topic](peer.key, body)
             case _:
                 self._log.debug("a message that nobody takes", peer=peer.node_id, kind=type(message).__name__)
-
-
-async def _close_saying(link: Link, error: KnodeError) -> None:
-    try:
-        with trio.move_on_after(1):
-            await link.send_frame(refusal(error))
-    except LinkClosed:
-        pass  # it was the other end that refused
-    finally:
-        await link.aclose()

@@ -1,0 +1,138 @@
+"""Handshakes over links that were just opened: who speaks there, within which time, how many at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable
+
+import trio
+
+from knode.errors import Code, KnodeError
+from knode.identity import KeyPair, PublicKey
+from knode.klp.frames import refusal
+from knode.klp.handshake import Established, Initiator, Introduction, Responder
+from knode.mesh.membership import Membership
+from knode.transport import Link, LinkClosed
+from knode.world import Log, World
+
+HANDSHAKE_S = 10.0
+ANSWERED_AT_ONCE = 64
+REFUSAL_S = 1.0
+NO_ROSTER = bytes(32)
+
+
+class Handshakes:
+    """Both ends of a node's handshakes. A link whose handshake fails is told why, and closed."""
+
+    def __init__(self, world: World, key: KeyPair, boot: bytes, membership: Membership, log: Log) -> None:
+        self.refusals: Counter[str] = Counter()
+        """How many handshakes each error refused, at either end, since the start."""
+        self._world = world
+        self._key = key
+        self._boot = boot
+        self._membership = membership
+        self._log = log
+        self._answering: dict[trio.CancelScope, None] = {}
+
+    async def with_member(self, link: Link, peer: PublicKey) -> Established:
+        """Open a session with the member at the other end of a link that was dialled.
+
+        Raises:
+            KnodeError: what either end refuses, or UNAVAILABLE when the link was lost or is too slow.
+        """
+        return await self._conclude(link, self._initiate(link, self._introduction(), peer, None), _limit())
+
+    async def with_ticket(
+        self, link: Link, inviter: PublicKey, cell_id: bytes, ticket: KeyPair
+    ) -> Established:
+        """Open a session with an inviter, proving the ticket. Raises as `with_member`."""
+        introduction = Introduction(cell_id, self._boot, NO_ROSTER)
+        return await self._conclude(link, self._initiate(link, introduction, inviter, ticket), _limit())
+
+    async def answer(self, link: Link) -> Established:
+        """Open a session with whoever dialled. Raises as `with_member`, and RATE_LIMITED.
+
+        When too many are under way, the oldest makes room: an honest one takes milliseconds, so who
+        opens links and says nothing shuts nobody out.
+        """
+        if len(self._answering) >= ANSWERED_AT_ONCE:
+            oldest = next(iter(self._answering))
+            del self._answering[oldest]
+            oldest.cancel()
+        scope = _limit()
+        self._answering[scope] = None
+        try:
+            return await self._conclude(link, self._respond(link), scope)
+        finally:
+            self._answering.pop(scope, None)
+
+    async def _conclude(
+        self, link: Link, handshake: Awaitable[Established], scope: trio.CancelScope
+    ) -> Established:
+        address = link.remote_address
+        try:
+            with scope:
+                return await handshake
+            if trio.current_time() >= scope.deadline:
+                error = KnodeError(Code.UNAVAILABLE, f"the handshake with {address} took too long")
+            else:
+                error = KnodeError(Code.RATE_LIMITED, "too many handshakes at once", "try again")
+        except KnodeError as refused:
+            error = refused
+        except LinkClosed as closed:
+            why = f"the handshake with {address} was cut off ({closed.reason})"
+            error = KnodeError(Code.UNAVAILABLE, why, "try again")
+        except BaseException:
+            await link.aclose()
+            raise
+        self.refusals[error.code] += 1
+        self._log.warning("handshake refused", code=error.code, why=str(error), address=address)
+        await close_saying(link, error)
+        raise error
+
+    async def _initiate(
+        self, link: Link, introduction: Introduction, peer: PublicKey, ticket: KeyPair | None
+    ) -> Established:
+        initiator = Initiator(
+            self._key,
+            introduction,
+            expected_peer=peer,
+            channel_binding=link.channel_binding,
+            nonce=self._world.randomness.token(32),
+            ticket=ticket,
+        )
+        await link.send_frame(initiator.hello())
+        proof, established = initiator.receive(await link.receive_frame())
+        await link.send_frame(proof)
+        return established
+
+    async def _respond(self, link: Link) -> Established:
+        responder = Responder(
+            self._key,
+            self._introduction(),
+            admit=self._membership.admit,
+            channel_binding=link.channel_binding,
+            nonce=self._world.randomness.token(32),
+        )
+        await link.send_frame(responder.receive_hello(await link.receive_frame()))
+        return responder.receive_auth(await link.receive_frame())
+
+    def _introduction(self) -> Introduction:
+        roster = self._membership.roster
+        return Introduction(roster.cell_id, self._boot, roster.digest)
+
+
+async def close_saying(link: Link, error: KnodeError | None) -> None:
+    """Close a link, telling the other end the error, when there is one, within a second at most."""
+    try:
+        if error is not None:
+            with trio.move_on_after(REFUSAL_S):
+                await link.send_frame(refusal(error))
+    except LinkClosed:
+        pass  # it was the other end that refused
+    finally:
+        await link.aclose()
+
+
+def _limit() -> trio.CancelScope:
+    return trio.CancelScope(deadline=trio.current_time() + HANDSHAKE_S)
