@@ -84,7 +84,7 @@ thread.join()
 open("/dev/null", "w").write("x")
 assert len(open("/dev/urandom", "rb").read(8)) == 8
 sys.stdout.flush()
-subprocess.run(["sh", "-c", "echo child | cat"], check=True)
+subprocess.run(["sh", "-c", "echo child"], check=True)
 print(os.getcwd())
 """
     )
@@ -211,15 +211,17 @@ import sys, trio
 from pathlib import Path
 from knode.agents.limits import Limits
 from knode.agents.sandbox import SANDBOXES, Command
+from knode.agents.sandbox.surroundings import python_files, python_program
 name, folder, script, marker = sys.argv[1:]
-command = Command(argv=["sh", "-c", script, marker], folder=Path(folder))
+argv = [str(python_program()), "-I", "-c", script, marker]
+command = Command(argv=argv, folder=Path(folder), read_only=python_files())
 trio.run(SANDBOXES[name]().run, command, Limits(), lambda fraction, text: None)
 """
-    script = "setsid sh -c 'touch started; sleep 600' $0 & sleep 600"
+    script = DAEMON + "\ntime.sleep(600)"
     arguments = [sys.executable, "-c", source, sandbox.name, os.fspath(folder), script, marker]
     node = await trio.to_thread.run_sync(subprocess.Popen, arguments)
     with trio.fail_after(60):
-        await until((folder / "started").exists)
+        await until((folder / "daemon").exists)
         node.kill()
         await until(lambda: not processes_with(marker))
     node.wait()
@@ -244,13 +246,15 @@ async def test_many_attempts_at_once_do_not_mix(sandbox: Sandbox, tmp_path: Path
     async def one(name: str) -> None:
         own = tmp_path / name
         own.mkdir()
-        command = Command(argv=["sh", "-c", "cat; ls"], folder=own, stdin=name.encode())
+        (own / "file").write_bytes(b" in " + name.encode())
+        command = Command(argv=["cat", "-", "file"], folder=own, stdin=name.encode())
         outputs[name] = (await sandbox.run(command, Limits(), lambda fraction, text: None)).stdout
 
     async with trio.open_nursery() as nursery:
         for number in range(6):
             nursery.start_soon(one, f"attempt{number}")
-    assert outputs == {f"attempt{number}": f"attempt{number}".encode() for number in range(6)}
+    names = [f"attempt{number}" for number in range(6)]
+    assert outputs == {name: f"{name} in {name}".encode() for name in names}
 
 
 async def test_self_test_chooses_a_sandbox_and_leaves_nothing(world: World, tmp_path: Path) -> None:
