@@ -62,6 +62,14 @@ def test_the_changelog_says_what_is_unreleased() -> None:
         assert re.search(rf"^### {kind}\n\n- \S", text, re.MULTILINE), f"nothing under {kind}"
 
 
+def test_what_the_readme_shows_of_the_demo_is_what_the_demo_notes() -> None:
+    block = next(b for b in page("README.md").blocks if b.heading == "Two commands" and b.language == "text")
+    demo = (ROOT / "knode/testnet/demo.py").read_text()
+    for line in block.text.splitlines():
+        label = re.split(r" {2,}", line)[0]
+        assert f'note("{label}"' in demo, line
+
+
 def test_decisions_are_numbered_listed_and_whole() -> None:
     files = sorted((ROOT / "docs/adr").glob("[0-9]*.md"))
     assert [int(file.name[:4]) for file in files] == list(range(1, len(files) + 1))
