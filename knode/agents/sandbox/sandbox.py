@@ -55,7 +55,7 @@ class Outcome:
 
 
 OnProgress = Callable[[float | None, str], None]
-"""Told a fraction from 0 to 1, or None, and a text."""
+"""Told a fraction from 0 to 1, or None, and a text. Must not block or raise."""
 
 
 class Sandbox(Protocol):
