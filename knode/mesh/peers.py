@@ -306,7 +306,9 @@ class Peers:
             if not conversation.established.ticket:
                 self._log.info("peer disconnected", peer=peer.node_id, why=conversation.end_reason)
                 self._forget_stranger(peer)
-            await close_saying(conversation.link, error)
+            # In order, and so that what was said last arrives: each link takes three seconds at most.
+            with trio.CancelScope(shield=True):
+                await close_saying(conversation.link, error)
 
     def _forget_stranger(self, peer: Peer) -> None:
         if not peer.conversations and peer.key.raw not in self._membership.roster.members:

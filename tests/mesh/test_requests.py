@@ -75,8 +75,10 @@ async def test_an_answer_goes_to_the_link_that_asked_last_and_not_to_a_dead_one(
     await until(lambda: b.ran == ["slow"])
     # For b the link lives on, half-open; a has lost it and asks again over another.
     dead = b.conversation(a)
-    a.conversation(b).link.send_frame = trio.sleep_forever  # type: ignore[method-assign,assignment]
-    a.peer(b).detach(a.conversation(b))
+    lost = a.conversation(b)
+    lost.link.aclose = trio.lowlevel.checkpoint  # type: ignore[method-assign]
+    lost.close("by the test")
+    await lost.ended.wait()
     await a.peers._open(a.peer(b), b.address)
     await trio.sleep(0.1)
     assert dead.open
