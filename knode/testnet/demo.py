@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from knode.control.client import Client
-from knode.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, KnodeError
+from knode.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Code, KnodeError
 from knode.home.layout import Home
 from knode.testnet.processes import CommandLine
 from knode.testnet.testnet import Testnet, TestnetNode
@@ -68,6 +68,7 @@ class Demo:
             task = self.submit(first, "kExecutor:text", '{"op":"count"}', path, on=second)
             counted = task["result"]["total"]["words"]
             check(counted == len(path.read_text().split()), f"{path.name} was counted wrong")
+            say(f"    {counted} words")
             words += counted
         say(f"    {words} words in {len(documents)} documents, counted on {second.name}")
         self.note("direct tasks", f"{len(documents)} documents of docs/ counted on {second.name}, all right")
@@ -85,7 +86,9 @@ class Demo:
         self.note("sandboxed code", f"ran on {third.name} inside {status['sandbox']}, its result is right")
 
     def kill_and_go_on(self, first: TestnetNode, second: TestnetNode, third: TestnetNode) -> None:
-        """Kill a node with SIGKILL; the others notice and go on."""
+        """Kill a node with SIGKILL while it works; the others notice, say what is unknown, and go on."""
+        words = ("task", "submit", "kExecutor:command", "--direct", "--input", "sleep 60", "--on", third.name)
+        lost = self.run(first, *words)
         say(f"$ kill -9 {self.net.kill(third.name)}   # {third.name}")
         noticed = self.wait_for_state((first, second), third, "failed")
         say(f"    {first.name} and {second.name} call {third.name} failed after {noticed:.1f} s")
@@ -97,8 +100,17 @@ class Demo:
         else:
             raise Wrong(f"a task ran on {third.name}, which is dead")
         task = self.submit(first, "kExecutor:text", '{"op":"search","query":"node"}', DOCUMENTS / "klp.md")
+        say(f"    found {len(task['result']['matches'])} lines with 'node', on {task['node']}")
         check(task["state"] == "succeeded" and task["node"] != third.name, "the others did not go on")
         self.note("others go on", f"the next task ran on {task['node']}")
+        try:
+            self.run(first, "task", "watch", lost["id"])
+        except KnodeError as unknown:
+            check(unknown.code is Code.UNKNOWN, f"the lost task ended as {unknown.code}")
+            say(f"    as it should be: {unknown.code}: {unknown.message}")
+        else:
+            raise Wrong("the task on the killed node ended as if nothing had happened")
+        self.note("task was cut off", "its fate is called unknown; it is not run a second time")
 
     def bring_back(self, first: TestnetNode, third: TestnetNode) -> None:
         """Start the killed node again: same home, same identity, back in the cell."""
@@ -107,7 +119,9 @@ class Demo:
         back = self.wait_for_state((first,), third, "alive")
         task = self.submit(first, "kExecutor:text", '{"op":"count","text":"back again"}', on=third)
         check(task["result"]["total"]["words"] == 2, "the node that came back counts wrong")
-        self.note("node restarted", f"{third.name} is back after {back:.1f} s and works")
+        self.note(
+            "node restarted", f"{third.name} is in the cell again, {back:.1f} s after it answered, and works"
+        )
 
     def submit(
         self, first: TestnetNode, agent: str, text: str, *files: Path, on: TestnetNode | None = None
@@ -181,7 +195,7 @@ def main() -> int:
     demo.note("cleaned up", "nothing left running or on the disk")
     say(f"\nwhat happened, in {time.monotonic() - begun:.0f} s:")
     for what, how in demo.events:
-        say(f"    {what:<16}{how}")
+        say(f"    {what:<18}{how}")
     return EXIT_OK
 
 

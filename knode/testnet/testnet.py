@@ -155,7 +155,7 @@ class Testnet:
         """Start a node again on its own port; one that runs is stopped first."""
         node = self.node(which)
         self._end([node])
-        CommandLine().run(node.home, "up", "--detach", "--port", str(node.port), "--host", _HOST)
+        CommandLine().run(node.home, "up", "--detach")
 
     def down(self) -> None:
         """Stop every node and remove the nodes' homes; the folder itself stays, empty of them."""
@@ -231,8 +231,10 @@ def _form_cell(command_line: CommandLine, planned: Sequence[TestnetNode], tell: 
     """Found the cell on the first node and let the others join it, as many at once as there are cores."""
     first, *others = planned
     tell(f"{first.name}: a new cell")
-    founded = command_line.run(first.home, "init", "--name", first.name)
-    command_line.run(first.home, "up", "--detach", "--port", str(first.port), "--host", _HOST)
+    founded = command_line.run(
+        first.home, "init", "--name", first.name, "--port", str(first.port), "--host", _HOST
+    )
+    command_line.run(first.home, "up", "--detach")
 
     def join(node: TestnetNode) -> TestnetNode:
         ticket = command_line.run(first.home, "invite", "--no-wait")["ticket"]

@@ -16,13 +16,16 @@ Host = Annotated[str | None, typer.Option(help="Listen on this address.")]
 def init(
     context: typer.Context,
     name: Annotated[str | None, typer.Option(help="The node's name; the machine's unless given.")] = None,
+    port: Port = None,
+    host: Host = None,
 ) -> None:
-    """Make this machine's node, and a new cell with it."""
+    """Make this machine's node, and a new cell with it; port and host are kept in its configuration."""
     from knode.control.client import command_for
     from knode.node import initialise
 
     session = session_of(context)
-    session.show(initialise(session.home, name=name, flags={}), render.initialised)
+    document = initialise(session.home, name=name, flags=network_flags(port, host))
+    session.show(document, render.initialised)
     session.note(f"next: {command_for(session.home, 'up', '--detach')}")
 
 
