@@ -137,15 +137,18 @@ class Cell:
                 self.silent_since.setdefault((a.name, b.name), now)
 
     async def _join(self, inviter: Host, host: Host) -> None:
-        """Let a node join; an inviter or joiner that has failed is left for the invariants to name."""
+        """Let a node join, again and again with one ticket, as a person does whose network is bad."""
+        if inviter.node is None:
+            return
+        ticket, _ = await inviter.node.invite(Role.WORKER)
         for _ in range(JOIN_ATTEMPTS):
-            if inviter.node is None or host.node is None:
-                return
+            if host.node is None:
+                return  # the invariants name who has failed
             try:
-                ticket, _ = await inviter.node.invite(Role.WORKER)
                 await host.node.join(ticket, host.name)
                 return
             except KnodeError as error:
-                if error.code is not Code.UNAVAILABLE:
-                    raise
+                if error.code not in (Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT):
+                    host.failures.append(f"could not join: {error!r}")
+                    return
             await trio.sleep(JOIN_AGAIN_S)

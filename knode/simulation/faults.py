@@ -6,9 +6,21 @@ from typing import assert_never
 
 import trio
 
+from knode.errors import KnodeError
+from knode.mesh.roster import Role
 from knode.simulation.cell import Cell
 from knode.simulation.host import Host
-from knode.simulation.scenario import ClockJump, Cut, Fault, Kill, Partition, PowerCut, Stop
+from knode.simulation.scenario import (
+    ClockJump,
+    Cut,
+    Fault,
+    FullDisk,
+    Kill,
+    Partition,
+    PowerCut,
+    RoleChange,
+    Stop,
+)
 from knode.simulation.world import SimulatedRandomness
 
 CLOCK_JUMP_S = 3600.0
@@ -43,6 +55,13 @@ async def _once(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> No
                 await trio.sleep(randomness.uniform(*fault.lasts_s))
             finally:
                 host.clock.skew_s -= jump_s
+        case FullDisk():
+            await _fill_disk(fault, cell, randomness)
+        case RoleChange():
+            host = _choose(cell.hosts[1:] or cell.hosts, randomness)
+            await _give_role(cell, host, Role.OBSERVER)
+            await trio.sleep(randomness.uniform(*fault.lasts_s))
+            await _give_role(cell, host, Role.WORKER)
         case _:
             assert_never(fault)
 
@@ -85,6 +104,30 @@ async def _cut_power(cell: Cell, host: Host, randomness: SimulatedRandomness) ->
         with trio.move_on_after(DISK_EVENT_WITHIN_S):
             await struck.wait()
         strike()
+
+
+async def _fill_disk(fault: FullDisk, cell: Cell, randomness: SimulatedRandomness) -> None:
+    free = [host for host, _ in cell.nodes() if not host.is_in_trouble]
+    if not free:
+        return
+    host = _choose(free, randomness)
+    host.is_in_trouble = True
+    host.disk.fill()
+    try:
+        await trio.sleep(randomness.uniform(*fault.lasts_s))
+    finally:
+        host.disk.free()
+        host.is_in_trouble = False
+
+
+async def _give_role(cell: Cell, host: Host, role: Role) -> None:
+    """Let the owner, if its node is up, give a member another role."""
+    owner = cell.hosts[0].node
+    if owner is not None and host is not cell.hosts[0]:
+        try:
+            await owner.membership.set_role(owner.membership.roster.find(host.name), role)
+        except (KnodeError, trio.ClosedResourceError) as error:
+            cell.trace.note(host.name, "role not changed", why=repr(error))
 
 
 async def _split(fault: Partition, cell: Cell, randomness: SimulatedRandomness) -> None:

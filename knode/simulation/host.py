@@ -55,7 +55,7 @@ class Host:
         self._fate = SimulatedRandomness(seed, f"{name}'s disk")
         self._blocking_delay_s = work_s
         self._home = Home(Path("/simulated") / name, runtime_folder=None)
-        self._disk = SimulatedDisk()
+        self.disk = SimulatedDisk()
         self.is_in_trouble = False
         """Whether a fault has taken it down; one at a time is enough."""
         self._after_crash: SimulatedDisk | None = None
@@ -68,7 +68,7 @@ class Host:
     def world(self) -> World:
         """What the node takes from outside."""
         blocking = SimulatedBlocking(self._randomness, self._blocking_delay_s)
-        return World(self.clock, self._randomness, self._disk, blocking)
+        return World(self.clock, self._randomness, self.disk, blocking)
 
     def make_home(self) -> KeyPair:
         """Make a home as `knode join` does; return the node's key. No certificate: no TLS is spoken here."""
@@ -116,8 +116,8 @@ class Host:
         finally:
             self.node, self.is_living = None, False
             if self._after_crash is not None:
-                self._disk.close()
-                self._disk, self._after_crash = self._after_crash, None
+                self.disk.close()
+                self.disk, self._after_crash = self._after_crash, None
             self._tell()
 
     def stop(self) -> None:
@@ -133,11 +133,11 @@ class Host:
         """
         self._trace.note(self.name, "dies", how=how)
         self._network.break_links(self.name)
-        self._disk.watch(lambda event: None)
+        self.disk.watch(lambda event: None)
         if how == "killed":
-            self._after_crash = SimulatedDisk.restored(self._disk.snapshot())
+            self._after_crash = SimulatedDisk.restored(self.disk.snapshot())
         else:
-            self._after_crash = self._disk.crash(self._fate)
+            self._after_crash = self.disk.crash(self._fate)
         self.node = None
         self._life.cancel()
         self._tell()
@@ -150,7 +150,7 @@ class Host:
             if next(left) == 0:
                 strike()
 
-        self._disk.watch(count)
+        self.disk.watch(count)
 
     def _tell(self) -> None:
         self._changed.set()

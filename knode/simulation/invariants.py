@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import trio
 
+from knode.errors import Code
 from knode.mesh.liveness import PeerState
 from knode.mesh.peers import CONVERSATIONS_A_PEER
 from knode.simulation.cell import Cell
@@ -115,10 +116,18 @@ def finally_every_task_has_ended(evidence: Evidence) -> Iterator[str]:
 
 
 def finally_answers_are_right(evidence: Evidence) -> Iterator[str]:
-    """What succeeded has the right result, and what began nothing has begun nowhere."""
+    """What succeeded has the right result."""
     for each in evidence.history.submitted:
         if each.task.state is State.SUCCEEDED and answer_of(each.task) != each.right:
             yield f"task {each.task.id} counted {answer_of(each.task)}, which is {each.right}"
+
+
+def finally_what_was_not_sent_never_began(evidence: Evidence) -> Iterator[str]:
+    """A task that ended UNAVAILABLE says that nothing was sent, so it began nowhere."""
+    for each in evidence.history.submitted:
+        error, begun = each.task.error, evidence.history.begun[each.task.id]
+        if error is not None and error.code is Code.UNAVAILABLE and begun:
+            yield f"task {each.task.id} is UNAVAILABLE and began {begun} times"
 
 
 def finally_the_cell_has_worked(evidence: Evidence) -> Iterator[str]:
@@ -139,6 +148,7 @@ INVARIANTS: Mapping[str, Invariant] = {
         eventually_all_see_all,
         finally_every_task_has_ended,
         finally_answers_are_right,
+        finally_what_was_not_sent_never_began,
         finally_the_cell_has_worked,
     )
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import trio
 
+from knode.errors import Code, KnodeError
 from knode.simulation.cell import Cell
 from knode.simulation.clients import History, submit_for_ever
 from knode.simulation.faults import inflict
@@ -48,7 +49,15 @@ class Outcome:
 
 
 class Run:
-    """A run under way."""
+    """A run under way.
+
+    Args:
+        scenario: what happens; INVALID_ARGUMENT when it names an invariant that there is not.
+        seed: decides everything that the scenario leaves open.
+        nodes: how many.
+        show: called with each line of all nodes' logs.
+        progress: called with a line for people now and then.
+    """
 
     def __init__(
         self,
@@ -59,6 +68,13 @@ class Run:
         show: Callable[[str], None] | None = None,
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
+        unknown = [name for name in scenario.invariants if name not in INVARIANTS]
+        if unknown:
+            raise KnodeError(
+                Code.INVALID_ARGUMENT,
+                f"there is no invariant {unknown[0][:80]!r}",
+                f"choose from {', '.join(INVARIANTS)}",
+            )
         self._scenario = scenario
         self._seed = seed
         self._nodes = nodes

@@ -52,7 +52,7 @@ class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Who submits tasks."""
 
     every_s: Span = (0.02, 0.2)
-    deadline_s: Annotated[tuple[float, float], msgspec.Meta()] = (2.0, 10.0)
+    deadline_s: Span = (2.0, 10.0)
     cancelled: Probability = 0.02
     """How many of the tasks are cancelled again."""
 
@@ -99,7 +99,23 @@ class ClockJump(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
     lasts_s: Span
 
 
-Fault = Kill | PowerCut | Stop | Partition | Cut | ClockJump
+class FullDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="full-disk"):
+    """Nothing more fits on a machine's disk."""
+
+    every_s: Span
+    lasts_s: Span
+
+
+class RoleChange(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="role-change"
+):
+    """The owner makes a worker an observer, and a worker again: news for every roster."""
+
+    every_s: Span
+    lasts_s: Span
+
+
+Fault = Kill | PowerCut | Stop | Partition | Cut | ClockJump | FullDisk | RoleChange
 
 
 class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -134,8 +150,10 @@ def load(name: str) -> Scenario:
         )
     try:
         with path.open("rb") as file:
-            return msgspec.convert(tomllib.loads(file.read(LIMIT_BYTES).decode()), Scenario)
-    except (msgspec.ValidationError, ValueError) as error:
+            scenario = msgspec.convert(tomllib.loads(file.read(LIMIT_BYTES).decode()), Scenario)
+        scenario.network.settings()
+    except ValueError as error:
         raise KnodeError(
             Code.INVALID_ARGUMENT, f"{path.name} is no scenario ({error})", "see docs/guides/simulation.md"
         ) from error
+    return scenario

@@ -13,15 +13,56 @@ from trio.testing import MockClock
 
 T = TypeVar("T")
 
+TURNS_WITHOUT_TIME = 100_000
+"""So many turns of the loop at one moment are an endless loop: what is to be done at once takes hundreds."""
+
+
+class Stalled(Exception):
+    """Tasks keep running and the virtual time stands still."""
+
 
 def run_repeatably(main: Callable[[], Awaitable[T]], seed: int) -> T:
     """Run `main` under trio in virtual time; the same seed, the same run.
 
     Time stands still while any task can run and then jumps to the next deadline. Which of the tasks
     that can run goes first is drawn from `seed`.
+
+    Raises:
+        Stalled: with the time at which it stands, and who keeps running.
     """
+
+    async def watched() -> T:
+        with trio.CancelScope() as scope:
+            turns = _Turns(scope)
+            trio.lowlevel.add_instrument(turns)
+            try:
+                return await main()
+            finally:
+                trio.lowlevel.remove_instrument(turns)
+        raise Stalled(turns.complaint)
+
     with _seeded_scheduler(seed), _no_collector():
-        return trio.run(main, clock=MockClock(autojump_threshold=0), strict_exception_groups=True)
+        return trio.run(watched, clock=MockClock(autojump_threshold=0), strict_exception_groups=True)
+
+
+class _Turns(trio.abc.Instrument):
+    """Counts the turns of trio's loop at one moment, and stops a run that does not get beyond it."""
+
+    def __init__(self, scope: trio.CancelScope) -> None:
+        self.complaint = ""
+        self._scope = scope
+        self._now = 0.0
+        self._turns = 0
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Take note of a turn."""
+        now = trio.current_time()
+        self._turns = self._turns + 1 if now == self._now else 0
+        self._now = now
+        if self._turns == TURNS_WITHOUT_TIME:
+            names = sorted({task.name for task in _run.GLOBAL_RUN_CONTEXT.runner.runq})
+            self.complaint = f"time stands still at {now:.6f} s, while these run: {', '.join(names)}"
+            self._scope.cancel()
 
 
 @contextlib.contextmanager
