@@ -10,6 +10,7 @@ What none of them sees: an unseeded `random.Random()`, and what C extensions do 
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import datetime
 import os
@@ -55,10 +56,11 @@ _FUNCTIONS: list[tuple[Any, str]] = [
     (os, "urandom"),  # and `uuid.uuid4`
     *((os, name) for name in ("getrandom",) if hasattr(os, "getrandom")),
     (threading.Thread, "start"),
+    (_thread, "start_new_thread"),
     (trio.to_thread, "run_sync"),
 ]
 _EVENTS = frozenset(
-    {"_thread.start_new_thread", "subprocess.Popen", "os.system", "os.fork", "os.posix_spawn", "os.exec"}
+    {"subprocess.Popen", "os.system", "os.fork", "os.posix_spawn", "os.exec"}
     | {"os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}
     | {"os.link", "os.symlink", "os.chmod", "os.chown", "os.utime", "sqlite3.connect"}
 )
