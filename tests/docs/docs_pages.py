@@ -61,9 +61,10 @@ class Page:
         for block in self.blocks:
             if block.language == "sh":
                 lines += block.text.splitlines()
-            elif not block.language:
+                continue
+            if not block.language:
                 lines += [line for line in block.text.splitlines() if line.startswith("knode ")]
-            elif block.language == "console":
+            if block.language in ("", "console"):
                 lines += [m["command"] for line in block.text.splitlines() if (m := _PROMPT.match(line))]
         return [line for line in lines if line.strip()]
 
