@@ -30,7 +30,7 @@ from knode.mesh.pinging import Pinging
 from knode.mesh.roster import Member, Role
 from knode.mesh.ticket import Ticket
 from knode.storage import Database
-from knode.transport import Carrier
+from knode.transport import Carrier, LinkClosed
 from knode.transport.memory import MemoryNetwork
 from knode.world import Monotonic, WallTime, World
 from knode.world.real import RealDisk
@@ -238,6 +238,10 @@ class MeshNode:
         answer = await self.peer(other).request(method, Text(text), deadline=deadline, **more)
         return msgspec.msgpack.decode(answer, type=Text).text
 
+    async def ask_nothing(self, other: MeshNode, method: str) -> None:
+        """Ask a method of `other` that answers nothing."""
+        await self.peer(other).request(method, Text(), deadline=Monotonic(trio.current_time() + 30))
+
     async def connected(self, *others: MeshNode) -> None:
         """Wait until there is a link to each of `others`, and both rosters are the same."""
         for other in others:
@@ -384,6 +388,31 @@ class Stranger:
             self.session.send(message)
         while (frame := self.session.next_frame()) is not None:
             await self.link.send_frame(frame)
+
+    def say_later(self, message: Message) -> None:
+        """Let a message wait for the next `say`."""
+        self.session.send(message)
+
+    async def shake_again_if_refused(self, node: MeshNode) -> Stranger:
+        """Read what has come; when the node has ended the session, return one with a new session."""
+        try:
+            with trio.move_on_after(0.5):
+                while True:
+                    await self.hear()
+        except (KnodeError, LinkClosed):
+            await self.link.aclose()
+            again = Stranger(self._carrier, self.key)
+            await again.shake_hands(node)
+            return again
+        return self
+
+    async def hear_quietly(self) -> list[Any]:
+        """Return what the next frame brings; nothing, for ever, once the session has ended."""
+        try:
+            return await self.hear()
+        except (KnodeError, LinkClosed):
+            await trio.sleep_forever()
+            raise
 
     def request(self, counter: int, method: str, body: bytes = b"", **more: Any) -> Request:
         fields = {"ttl_ms": 60_000, "stream": 0, "context": Context()} | more
