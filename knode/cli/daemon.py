@@ -59,6 +59,7 @@ def start_detached(home: Home, flags: Mapping[str, str]) -> int:
     said = home.log / "start-up.txt"
     options = [word for key, text in flags.items() for word in (f"--{key.removeprefix('node.')}", text)]
     words = ["up", "--background", "--json", *options, "--home", str(home.path)]
+    os.umask(0o077)  # what the daemon makes, and what it says, is its user's alone
     with named_disk_errors(said):
         # Appended to, since two may be starting it at once; begun anew when it has grown.
         is_large = said.exists() and said.stat().st_size > _SAID_BYTES

@@ -199,13 +199,13 @@ def _rows_of_file(world: World, path: Path, *, except_for: str = "") -> list[Row
             return []
         raise
     except json.JSONDecodeError as error:
-        raise _invalid(
+        raise _unreadable(
             source, f"line {error.lineno}, column {error.colno}: not JSON ({error.msg.lower()})"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise _invalid(source, f"not a configuration ({error})") from error
+        raise _unreadable(source, f"not a configuration ({error})") from error
     if not isinstance(tree, dict):
-        raise _invalid(source, "the outermost value must be an object of sections")
+        raise _unreadable(source, "the outermost value must be an object of sections")
     rows = []
     for section, content in tree.items():
         if section not in Settings.__struct_fields__:
@@ -264,6 +264,12 @@ def _unknown(source: str, name: str, known: Iterable[str]) -> KnodeError:
 
 
 def _invalid(source: str, reason: str) -> KnodeError:
+    """Return the error for a value; `knode config set` mends one that stands in the user's own file."""
     return KnodeError(
         Code.CONFIG_INVALID, f"{source}: {reason}", "correct it there, or set it with 'knode config set'"
     )
+
+
+def _unreadable(source: str, reason: str) -> KnodeError:
+    """Return the error for a whole file, which only an editor mends."""
+    return KnodeError(Code.CONFIG_INVALID, f"{source}: {reason}", "correct the file, or move it aside")

@@ -69,7 +69,13 @@ class Database:
         Cancelling leaves the file closed or open in the returned database, each migration whole or
         not begun.
         """
-        connect = partial(_connect, path, world.disk.sqlite_vfs, tuple(migrations), synchronous)
+
+        def connect() -> apsw.Connection:
+            if not world.disk.exists(path):
+                # SQLite would make it readable for all; its journal takes the mode of the file
+                world.disk.write(path, b"")
+            return _connect(path, world.disk.sqlite_vfs, tuple(migrations), synchronous)
+
         return cls(world, path, await world.blocking.run(connect))
 
     async def write(self, work: Callable[[apsw.Connection], T]) -> T:

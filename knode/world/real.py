@@ -87,11 +87,11 @@ def named_disk_errors(path: Path) -> Iterator[None]:
 
 
 class RealWritableFile:
-    """A file of the operating system, opened for writing."""
+    """A file of the operating system, opened for writing; its errors name `meant`, by default the file."""
 
-    def __init__(self, path: Path, mode: int) -> None:
-        self._path = path
-        with named_disk_errors(path):
+    def __init__(self, path: Path, mode: int, *, meant: Path | None = None) -> None:
+        self._path = meant or path
+        with named_disk_errors(self._path):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
 
     def write(self, data: bytes) -> None:
@@ -154,7 +154,7 @@ class RealDisk:
         """Replace a whole file: temporary file, fsync, rename, fsync of the folder."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
         try:
-            with RealWritableFile(temporary, mode) as file:
+            with RealWritableFile(temporary, mode, meant=path) as file:
                 file.write(data)
                 file.sync()
             with named_disk_errors(path):

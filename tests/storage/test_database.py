@@ -144,7 +144,14 @@ async def test_a_damaged_page_is_named_when_it_is_read(tmp_path: Path) -> None:
 async def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(KnodeError, match=r"none/node\.db") as error:
         await Database.open(real_world(), tmp_path / "none" / "node.db", [FIRST])
-    assert error.value.code is Code.DISK_READ_ONLY
+    assert error.value.code is Code.NOT_FOUND
+
+
+async def test_nobody_else_can_read_what_is_in_it(tmp_path: Path) -> None:
+    database = await Database.open(real_world(), tmp_path / "node.db", [FIRST])
+    await database.write(lambda connection: connection.execute("CREATE TABLE more (text TEXT)"))
+    assert {file.stat().st_mode & 0o077 for file in tmp_path.iterdir()} == {0}
+    await database.aclose()
 
 
 async def test_a_second_process_is_refused(tmp_path: Path) -> None:
