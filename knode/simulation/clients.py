@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from knode.errors import KnodeError
+from knode.identity import PublicKey
 from knode.simulation.cell import Cell
 from knode.simulation.scenario import Clients
 from knode.simulation.trace import Line
@@ -37,20 +38,31 @@ class Submitted:
 class History:
     """What the clients did and what came of it."""
 
+    cell: Cell
     submitted: list[Submitted] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     """By error code: submissions that began nothing."""
     begun: Counter[str] = field(default_factory=Counter)
-    """By task id: attempts that began on another node than the submitter's."""
+    """By task id: attempts that began, on whatever node."""
+    served_revoked: list[str] = field(default_factory=list)
+    """Attempts that began for someone whom the node knew to be revoked."""
     faults: list[str] = field(default_factory=list)
     """What nodes logged as their own fault."""
 
     def read(self, owner: str, line: Line) -> None:
-        """Take a line of the trace."""
+        """Take a line of the trace, at the moment at which it is written."""
         if line["event"] == "attempt begins":
             self.begun[line["task"]] += 1
+            self._check_submitter(owner, line)
         if line.get("level") == "error":
             self.faults.append(f"{owner} logged: {line['event']} ({line.get('error', '')})")
+
+    def _check_submitter(self, owner: str, line: Line) -> None:
+        for host, node in self.cell.nodes():
+            if host.name == owner and node.membership.in_cell and line["submitter"] != node.key.node_id:
+                revoked = {PublicKey(raw).node_id for raw in node.membership.roster.revoked}
+                if line["submitter"] in revoked:
+                    self.served_revoked.append(f"{owner} begins task {line['task']} for who is revoked")
 
     def states(self) -> dict[str, int]:
         """Return how many tasks are in each state, and how many were refused."""

@@ -18,6 +18,7 @@ from knode.simulation.scenario import (
     Kill,
     Partition,
     PowerCut,
+    Revocation,
     RoleChange,
     Stop,
 )
@@ -62,6 +63,8 @@ async def _once(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> No
             await _give_role(cell, host, Role.OBSERVER)
             await trio.sleep(randomness.uniform(*fault.lasts_s))
             await _give_role(cell, host, Role.WORKER)
+        case Revocation():
+            await _revoke(cell, randomness)
         case _:
             assert_never(fault)
 
@@ -128,6 +131,19 @@ async def _give_role(cell: Cell, host: Host, role: Role) -> None:
             await owner.membership.set_role(owner.membership.roster.find(host.name), role)
         except (KnodeError, trio.ClosedResourceError) as error:
             cell.trace.note(host.name, "role not changed", why=repr(error))
+
+
+async def _revoke(cell: Cell, randomness: SimulatedRandomness) -> None:
+    owner = cell.hosts[0].node
+    members = [host for host in cell.hosts[1:] if not host.is_revoked]
+    if owner is not None and len(members) > 1:
+        host = _choose(members, randomness)
+        try:
+            await owner.membership.revoke(owner.membership.roster.find(host.name))
+            host.is_revoked = True
+            cell.trace.note(host.name, "is revoked")
+        except (KnodeError, trio.ClosedResourceError) as error:
+            cell.trace.note(host.name, "not revoked", why=repr(error))
 
 
 async def _split(fault: Partition, cell: Cell, randomness: SimulatedRandomness) -> None:

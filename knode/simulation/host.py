@@ -12,8 +12,8 @@ import trio
 from knode.home.configuration import load_configuration
 from knode.home.folder import complete_home, open_home, prepare_home
 from knode.home.layout import Home
-from knode.identity import KeyPair
-from knode.identity.keystore import create_key
+from knode.identity import KeyPair, PublicKey
+from knode.identity.keystore import create_key, load_key
 from knode.mesh.membership import Membership
 from knode.node import Machine, Node
 from knode.node.node import open_database
@@ -58,6 +58,8 @@ class Host:
         self.disk = SimulatedDisk()
         self.is_in_trouble = False
         """Whether a fault has taken it down; one at a time is enough."""
+        self.is_revoked = False
+        """Whether the owner has revoked its membership; news of that may still be on its way."""
         self._after_crash: SimulatedDisk | None = None
         self._life = trio.CancelScope()
         self._changed = trio.Event()
@@ -69,6 +71,11 @@ class Host:
         """What the node takes from outside."""
         blocking = SimulatedBlocking(self._randomness, self._blocking_delay_s)
         return World(self.clock, self._randomness, self.disk, blocking)
+
+    @property
+    def public_key(self) -> PublicKey:
+        """The node's key, up or not."""
+        return load_key(self.world, self._home.node_key).public
 
     def make_home(self) -> KeyPair:
         """Make a home as `knode join` does; return the node's key. No certificate: no TLS is spoken here."""

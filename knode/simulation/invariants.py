@@ -58,6 +58,11 @@ def anytime_no_stranger_is_served(evidence: Evidence) -> Iterator[str]:
     yield from evidence.stranger.served
 
 
+def anytime_the_revoked_are_not_served(evidence: Evidence) -> Iterator[str]:
+    """Once a node knows that a member was revoked, it begins no attempt for it."""
+    yield from evidence.history.served_revoked
+
+
 def anytime_queues_are_bounded(evidence: Evidence) -> Iterator[str]:
     """Nothing grows beyond its limit, and no task is leaked."""
     for host, node in evidence.cell.nodes():
@@ -95,10 +100,10 @@ def anytime_the_silent_are_found_dead(evidence: Evidence) -> Iterator[str]:
 
 
 def eventually_all_see_all(evidence: Evidence) -> Iterator[str]:
-    """Every node is up, has the same roster, and sees every other one alive."""
-    up = dict((host.name, node) for host, node in evidence.cell.nodes())
+    """Every member is up, has the same roster, and sees every other one alive."""
+    up = {host.name: node for host, node in evidence.cell.nodes() if not host.is_revoked}
     for host in evidence.cell.hosts:
-        if host.name not in up:
+        if host.name not in up and not host.is_revoked:
             yield f"{host.name} is not up"
     if len({node.membership.roster.digest for node in up.values()}) > 1:
         yield "the rosters differ"
@@ -106,6 +111,20 @@ def eventually_all_see_all(evidence: Evidence) -> Iterator[str]:
         for member in node.membership.roster.members.values():
             if member.key != node.key.public and node.peers.peer(member.key).state is not PeerState.ALIVE:
                 yield f"{name} does not see {member.name}"
+
+
+def eventually_the_revoked_are_out(evidence: Evidence) -> Iterator[str]:
+    """Every member knows who was revoked, and talks to none of them."""
+    revoked = [host for host in evidence.cell.hosts if host.is_revoked]
+    for member, node in evidence.cell.nodes():
+        if member.is_revoked:
+            continue
+        for host in revoked:
+            key = host.public_key
+            if key.raw not in node.membership.roster.revoked:
+                yield f"{member.name} has not heard that {host.name} was revoked"
+            if node.peers.peer(key).conversation is not None:
+                yield f"{member.name} still talks to {host.name}, which was revoked"
 
 
 def finally_every_task_has_ended(evidence: Evidence) -> Iterator[str]:
@@ -143,9 +162,11 @@ INVARIANTS: Mapping[str, Invariant] = {
         anytime_no_node_fails,
         anytime_direct_task_runs_at_most_once,
         anytime_no_stranger_is_served,
+        anytime_the_revoked_are_not_served,
         anytime_queues_are_bounded,
         anytime_the_silent_are_found_dead,
         eventually_all_see_all,
+        eventually_the_revoked_are_out,
         finally_every_task_has_ended,
         finally_answers_are_right,
         finally_what_was_not_sent_never_began,

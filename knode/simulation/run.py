@@ -88,9 +88,9 @@ class Run:
 
     async def _main(self) -> Outcome:
         with guard():
-            history = History()
-            self._trace.readers.append(history.read)
             cell = Cell(self._scenario, self._seed, self._nodes, self._trace)
+            history = History(cell)
+            self._trace.readers.append(history.read)
             stranger = Stranger(cell, self._randomness("stranger"))
             evidence = Evidence(cell, history, stranger)
             async with trio.open_nursery() as nursery:

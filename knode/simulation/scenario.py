@@ -115,7 +115,13 @@ class RoleChange(
     lasts_s: Span
 
 
-Fault = Kill | PowerCut | Stop | Partition | Cut | ClockJump | FullDisk | RoleChange
+class Revocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="revocation"):
+    """The owner revokes a member, for ever; it goes on as if nothing had happened. Two members stay."""
+
+    every_s: Span
+
+
+Fault = Kill | PowerCut | Stop | Partition | Cut | ClockJump | FullDisk | RoleChange | Revocation
 
 
 class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

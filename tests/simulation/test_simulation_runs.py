@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -18,9 +18,10 @@ from knode.klp.messages import Request
 from knode.mesh.membership import Membership
 from knode.simulation import scenario as scenarios
 from knode.simulation.command import reproduction, simulate
+from knode.simulation.invariants import INVARIANTS
 from knode.tasks.worker import Worker
 
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2)
 SOME_SEEDS = range(1, 11)
 
 IDLE = """
@@ -180,6 +181,17 @@ def test_people_read_a_short_summary(
     shown = capsys.readouterr().out
     assert "calm, seed 1, 3 nodes" in shown
     assert "all kept" in shown
+
+
+def test_the_guide_names_every_scenario_fault_and_invariant() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "simulation.md").read_text()
+    faults = [str(fault.__struct_config__.tag) for fault in get_args(scenarios.Fault)]
+    for name in (*scenarios.names(), *faults, *INVARIANTS):
+        assert f"`{name}`" in guide, name
+
+
+def test_every_invariant_is_held_in_some_scenario() -> None:
+    assert {name for each in scenarios.names() for name in scenarios.load(each).invariants} == set(INVARIANTS)
 
 
 def test_the_folder_of_the_scenarios_in_the_repository_is_the_package_s() -> None:
