@@ -150,8 +150,12 @@ async def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 async def test_nobody_else_can_read_what_is_in_it(tmp_path: Path) -> None:
     database = await Database.open(real_world(), tmp_path / "node.db", [FIRST])
     await database.write(lambda connection: connection.execute("CREATE TABLE more (text TEXT)"))
-    assert {file.stat().st_mode & 0o077 for file in tmp_path.iterdir()} == {0}
+    assert modes(tmp_path) == {0o600}
     await database.aclose()
+
+
+def modes(folder: Path) -> set[int]:
+    return {file.stat().st_mode & 0o777 for file in folder.iterdir()}
 
 
 async def test_a_second_process_is_refused(tmp_path: Path) -> None:
