@@ -23,6 +23,8 @@ from knode.world import World
 
 MAX_INPUT_FILE_BYTES = 64 * 1024 * 1024
 MAX_STDERR_CHARACTERS = 2000
+INLINE_BYTES = 4 * 1024
+"""A built-in agent does up to this much in place: a thread would cost more than the work."""
 _PROGRAM_NAME = ".program.py"
 
 
@@ -130,6 +132,8 @@ class Runner:
             return text.answer(request, self._read_files(attempt), limit)
 
         try:
+            if not attempt.files and len(attempt.input) <= INLINE_BYTES:
+                return AgentResult(work())
             return AgentResult(await self._world.blocking.run(work))
         except ValueError as error:
             raise KnodeError(Code.AGENT_FAILED, f"{entry.manifest.id}: {error}") from error
