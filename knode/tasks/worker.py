@@ -59,7 +59,8 @@ class Worker:
         self._queue_limit = queued
         self._places = trio.Semaphore(running)
         self._admitted = 0
-        self._watched: set[_Watched] = set()
+        # A dictionary for its order: what is stopped first must not depend on addresses in memory.
+        self._watched: dict[_Watched, None] = {}
         methods.add("task.stage", Stage, self._answer_stage)
         methods.add("task.run", Run, self._answer_run)
 
@@ -160,7 +161,7 @@ class Worker:
         self._check_role()
         now = self._world.clock.monotonic()
         watched = _Watched(call.caller, self._boot_of(call.caller), trio.CancelScope(), now)
-        self._watched.add(watched)
+        self._watched[watched] = None
         try:
             with watched.scope:
                 return Ran(
@@ -172,7 +173,7 @@ class Worker:
                     )
                 )
         finally:
-            self._watched.remove(watched)
+            del self._watched[watched]
         raise KnodeError(Code.CANCELLED, "the node that submitted the task is gone")
 
     def _check_role(self) -> None:

@@ -162,7 +162,7 @@ async def test_many_tasks_leave_no_trace_in_memory_or_on_disk(autojump_clock: Mo
     await cell.until(lambda: attic.attempts == [])
     for host in (desk, attic):
         assert host.node.worker._folders._folders == {}
-        assert host.node.worker._watched == set()
+        assert not host.node.worker._watched
         assert host.node.tasks._scopes == {}
         assert host.node.worker.load.running == host.node.worker.load.queued == 0
     assert {task.state for task in desk.node.tasks.list()} == {
