@@ -22,7 +22,7 @@ from knode.agents.sandbox.sandbox import OnProgress
 from knode.home.configuration import load_configuration
 from knode.home.folder import complete_home, open_home, prepare_home
 from knode.home.layout import Home
-from knode.home.logging import log_to
+from knode.home.logging import OpenLog, log_to
 from knode.identity import KeyPair
 from knode.identity.keystore import create_key, load_key
 from knode.mesh.membership import Membership
@@ -42,11 +42,15 @@ EPOCH_MS = 1_767_225_600_000
 
 
 class Clock:
+    """Virtual time; `skew_s` is how far the time of day is ahead."""
+
+    skew_s = 0.0
+
     def monotonic(self) -> Monotonic:
         return Monotonic(trio.current_time())
 
     def wall(self) -> WallTime:
-        return WallTime(EPOCH_MS + round(trio.current_time() * 1000))
+        return WallTime(EPOCH_MS + round((trio.current_time() + self.skew_s) * 1000))
 
 
 class Inline:
@@ -118,12 +122,14 @@ class Host:
     """A machine, whose node may be up or not."""
 
     name: str
+    clock: Clock
     world: World
     home: Home
+    log: OpenLog
     disk: SimulatedDisk
     sandbox: Scripted
     settings: dict[str, str]
-    lines: list[str] = field(default_factory=list)
+    lines: list[str]
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
     error: BaseException | None = None
@@ -213,9 +219,8 @@ class Cell:
                 open_home(host.world, host.home)
                 settings = load_configuration(host.world, host.home, {}, host.settings).values
                 machine = Machine(2, lambda: 0, host.sandbox)
-                log = log_to(host.world, host.lines.append).logger
                 carriers = {"memory": self.network.carrier(host.name)}
-                node = await Node.open(host.world, host.home, settings, carriers, machine, log)
+                node = await Node.open(host.world, host.home, settings, carriers, machine, host.log.logger)
                 async with trio.open_nursery() as nursery:
                     await nursery.start(node.run)
                     host.running = node
@@ -231,13 +236,15 @@ class Cell:
 
     def _make(self, name: str, settings: dict[str, str]) -> Host:
         disk = SimulatedDisk()
-        world = World(Clock(), Seeded(name), disk, Inline())
+        clock, lines = Clock(), list[str]()
+        world = World(clock, Seeded(name), disk, Inline())
         home = Home(Path("/homes") / name, None)
         prepare_home(world, home)
         create_key(world, home.node_key)
         complete_home(world, home, name=name)
         flags = {key.replace("_", ".", 1): value for key, value in settings.items()}
-        return Host(name, world, home, disk, Scripted(disk), flags)
+        log = log_to(world, lines.append)
+        return Host(name, clock, world, home, log, disk, Scripted(disk), flags, lines)
 
 
 async def _found(host: Host) -> None:

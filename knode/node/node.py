@@ -152,9 +152,12 @@ class Node:
             node = self.settings.node
             self._listeners = await self.peers.listen(node.host, node.port)
             async with trio.open_nursery() as nursery:
-                await nursery.start(self._work)
-                task_status.started()
+                up = trio.Event()
+                # Not `start`: cancelled, it would wait for a room that waits for the good-byes.
+                nursery.start_soon(self._work, up)
                 try:
+                    await up.wait()
+                    task_status.started()
                     await trio.sleep_forever()
                 finally:
                     self._going_down.set()
@@ -164,7 +167,7 @@ class Node:
                     await listener.aclose()
                 await self._database.aclose()
 
-    async def _work(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _work(self, up: trio.Event) -> None:
         """Run the rooms. Cancelling does not reach them before the good-byes are said."""
         async with trio.open_nursery() as nursery:
             nursery.cancel_scope.shield = True
@@ -175,7 +178,7 @@ class Node:
             nursery.start_soon(self.gossip.run)
             nursery.start_soon(self._keep_contact)
             self.log.info("node is up", node=self.key.node_id, addresses=self.addresses)
-            task_status.started()
+            up.set()
             await self._going_down.wait()
             await self.peers.leave()
             nursery.cancel_scope.cancel()

@@ -1,0 +1,333 @@
+"""What the daemon answers, asked of a real node in memory and in virtual time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+from memory_cell import COMMAND, TEXT, Cell, Host
+from trio.testing import MockClock
+
+from knode.control.methods import ControlMethods
+from knode.errors import Code, KnodeError
+
+NEEDS = {
+    "status": {},
+    "stop": {},
+    "invite": {},
+    "invite.wait": {"ticket": "t"},
+    "join": {"ticket": "t"},
+    "peer.list": {},
+    "peer.show": {"node": "n"},
+    "peer.ping": {"node": "n"},
+    "member.list": {},
+    "member.role": {"node": "n", "role": "voter"},
+    "member.revoke": {"node": "n"},
+    "agent.list": {},
+    "agent.show": {"agent": "a"},
+    "agent.install": {"path": "/p"},
+    "agent.start": {"agent": "a"},
+    "agent.stop": {"agent": "a"},
+    "task.submit": {"agent": "a"},
+    "task.list": {},
+    "task.show": {"task": "t"},
+    "task.watch": {"task": "t"},
+    "task.cancel": {"task": "t"},
+    "logs.tail": {},
+}
+
+
+class Daemon:
+    """The methods of one host's node."""
+
+    def __init__(self, host: Host) -> None:
+        self.stopped = False
+        self.steps: list[dict[str, Any]] = []
+        self._table = ControlMethods(host.node, host.log.lines, self._stop).table()
+
+    def _stop(self) -> None:
+        self.stopped = True
+
+    @property
+    def methods(self) -> set[str]:
+        return set(self._table)
+
+    async def call(self, method: str, **params: Any) -> Any:
+        self.steps = []
+        return await self._table[method](params, self.steps.append)
+
+    async def refused(self, code: Code, method: str, **params: Any) -> str:
+        with pytest.raises(KnodeError) as caught:
+            await self.call(method, **params)
+        assert caught.value.code is code, caught.value
+        assert caught.value.next_step, caught.value
+        return caught.value.message
+
+
+async def test_every_method_refuses_what_it_does_not_take(autojump_clock: MockClock, cell: Cell) -> None:
+    daemon = Daemon(await cell.add("desk"))
+    assert daemon.methods == set(NEEDS)
+    for method, needs in NEEDS.items():
+        assert "nonsense" in await daemon.refused(Code.INVALID_ARGUMENT, method, **needs, nonsense=1)
+        for name in needs:
+            less = {key: value for key, value in needs.items() if key != name}
+            assert name in await daemon.refused(Code.INVALID_ARGUMENT, method, **less)
+            await daemon.refused(Code.INVALID_ARGUMENT, method, **{**needs, name: 7})
+    assert not daemon.stopped
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("invite", {"role": "king"}),
+        ("member.role", {"node": "desk", "role": "king"}),
+        ("peer.ping", {"node": "attic", "count": 0}),
+        ("peer.ping", {"node": "attic", "count": 101}),
+        ("logs.tail", {"lines": -1}),
+        ("logs.tail", {"lines": 1001}),
+        ("agent.install", {"path": "relative"}),
+        ("agent.install", {"path": "/nul\0"}),
+        ("task.submit", {"agent": TEXT, "direct": True, "artifacts": ["relative"]}),
+        ("task.submit", {"agent": TEXT, "direct": True, "artifacts": ["/nul\0"]}),
+        ("task.submit", {"agent": TEXT, "direct": True, "artifacts": "/file"}),
+        ("task.submit", {"agent": TEXT, "direct": True, "deadline_s": "soon"}),
+        ("task.submit", {"agent": "k" * 65, "direct": True}),
+    ],
+)
+async def test_values_out_of_bounds_are_refused(
+    autojump_clock: MockClock, cell: Cell, method: str, params: dict[str, Any]
+) -> None:
+    daemon = Daemon(await cell.add("desk"))
+    await daemon.refused(Code.INVALID_ARGUMENT, method, **params)
+    assert await daemon.call("task.list") == []
+
+
+async def test_status_tells_the_whole_picture(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    await desk.settle("say x", on="attic")
+    status = await Daemon(desk).call("status")
+    assert (status["node_id"], status["name"], status["role"]) == (desk.node.key.node_id, "desk", "admin")
+    assert status["leader"] is None
+    assert status["tasks"] == {"succeeded": 1}
+    assert status["warnings"] == []
+    assert {TEXT, COMMAND} <= set(status["agents"])
+    members = {member["name"]: member for member in status["members"]}
+    assert set(members["desk"]) == {"node_id", "name", "role", "state", "link", "rtt_ms"}
+    assert (members["desk"]["state"], members["attic"]["state"]) == ("alive", "alive")
+    assert members["attic"]["node_id"] == attic.node.key.node_id
+    await cell.stop(attic)
+    gone = await Daemon(desk).call("status")
+    assert {member["name"]: member["state"] for member in gone["members"]}["attic"] == "left"
+    await cell.start(attic)
+    await cell.until_whole()
+    await cell.crash(attic)
+    await cell.until(lambda: desk.node.peers.peer(members_key(desk, "attic")).state == "failed")
+    warnings = (await Daemon(desk).call("status"))["warnings"]
+    assert any("attic" in warning for warning in warnings)
+
+
+def members_key(host: Host, name: str) -> Any:
+    return host.node.membership.roster.find(name).key
+
+
+async def test_an_invitation_is_waited_for_and_both_sides_tell_the_same_words(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk = await cell.add("desk")
+    daemon, attic = Daemon(desk), cell._make("attic", {})
+    cell.hosts["attic"] = attic
+    await cell.start(attic)
+    await Daemon(attic).refused(Code.UNAVAILABLE, "task.submit", agent=TEXT, direct=True)
+    assert (await Daemon(attic).call("status"))["cell_id"] is None
+    invitation = await daemon.call("invite", role="worker")
+    arrived: list[Any] = []
+
+    async def wait() -> None:
+        arrived.append(await daemon.call("invite.wait", ticket=invitation["ticket"]))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.sleep(60)
+        assert arrived == []
+        joined = await Daemon(attic).call("join", ticket=invitation["ticket"])
+    assert arrived == [{"id": joined["node_id"], "name": "attic", "words": joined["words"]}]
+    assert len(joined["words"]) == 4
+    words = {member["name"]: member["words"] for member in await daemon.call("member.list")}
+    assert words == {"desk": None, "attic": joined["words"]}
+    await Daemon(attic).refused(Code.HOME_EXISTS, "join", ticket=invitation["ticket"])
+
+
+async def test_waiting_for_an_invitation_ends_with_the_ticket(autojump_clock: MockClock, cell: Cell) -> None:
+    daemon = Daemon(await cell.add("desk"))
+    ticket = (await daemon.call("invite"))["ticket"]
+    begun = trio.current_time()
+    await daemon.refused(Code.TICKET_EXPIRED, "invite.wait", ticket=ticket)
+    assert trio.current_time() - begun == pytest.approx(600, abs=1)
+    await daemon.refused(Code.INVALID_ARGUMENT, "invite.wait", ticket="garbage")
+
+
+async def test_two_joins_at_once_are_one(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic = await cell.add("desk"), cell._make("attic", {})
+    cell.hosts["attic"] = attic
+    await cell.start(attic)
+    tickets = [(await Daemon(desk).call("invite"))["ticket"] for _ in range(2)]
+    outcomes: list[str] = []
+
+    async def join(ticket: str) -> None:
+        try:
+            outcomes.append((await Daemon(attic).call("join", ticket=ticket))["name"])
+        except KnodeError as error:
+            outcomes.append(error.code)
+
+    async with trio.open_nursery() as nursery:
+        for ticket in tickets:
+            nursery.start_soon(join, ticket)
+    assert sorted(outcomes) == [Code.HOME_EXISTS, "attic"]
+    assert [member["name"] for member in await Daemon(desk).call("member.list")] == ["attic", "desk"]
+
+
+async def test_members_are_called_by_name_id_or_start_of_an_id(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    daemon, node_id = Daemon(desk), attic.node.key.node_id
+    for selector in ("attic", node_id, node_id[:20], attic.node.key.public.did):
+        assert (await daemon.call("peer.show", node=selector))["id"] == node_id
+    await daemon.refused(Code.INVALID_ARGUMENT, "peer.show", node="12D3KooW")
+    await daemon.refused(Code.NOT_FOUND, "peer.show", node="nobody")
+    await daemon.refused(Code.NOT_FOUND, "peer.show", node="")
+    await daemon.refused(Code.INVALID_ARGUMENT, "peer.ping", node="desk")
+    shown = await daemon.call("peer.show", node="attic")
+    assert {"id", "name", "role", "state", "link", "rtt_ms", "address", "agents", "load"} <= set(shown)
+    assert shown["link"] == "memory"
+    assert shown["load"] == {"running": 0, "queued": 0, "capacity": 2, "cpu": 0}
+
+
+async def test_pings_are_told_as_they_come_and_lost_ones_counted(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk, _ = await cell.add("desk"), await cell.add("attic")
+    daemon = Daemon(desk)
+    result = await daemon.call("peer.ping", node="attic", count=3)
+    assert [step["number"] for step in daemon.steps] == [1, 2, 3]
+    assert result["rtt_ms"] == [step["rtt_ms"] for step in daemon.steps]
+    assert (len(result["rtt_ms"]), result["lost"]) == (3, 0)
+    cell.network.cut("desk", "attic")
+    result = await daemon.call("peer.ping", node="attic", count=2)
+    assert (result["rtt_ms"], result["lost"]) == ([], 2)
+
+
+async def test_a_role_is_changed_and_a_member_revoked(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    daemon = Daemon(desk)
+    assert (await daemon.call("member.role", node="attic", role="voter"))["role"] == "voter"
+    await daemon.refused(Code.NOT_ALLOWED, "task.submit", agent=TEXT, direct=True, on="attic")
+    await Daemon(attic).refused(Code.NOT_ALLOWED, "member.revoke", node="desk")
+    assert (await daemon.call("member.revoke", node="attic"))["revoked"] is True
+    assert [member["name"] for member in await daemon.call("member.list")] == ["desk"]
+    await daemon.refused(Code.NOT_FOUND, "peer.show", node="attic")
+
+
+async def test_agents_are_stopped_and_started_for_everybody(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    assert (await Daemon(desk).call("agent.show", agent=TEXT))["nodes"] == ["attic", "desk"]
+    assert (await Daemon(attic).call("agent.stop", agent=TEXT))["state"] == "stopped"
+    await cell.until(lambda: TEXT not in desk.node.offers.of(attic.node.key.public))
+    assert (await Daemon(desk).call("agent.show", agent=TEXT))["nodes"] == ["desk"]
+    await Daemon(attic).call("agent.start", agent=TEXT)
+    await cell.until(lambda: TEXT in desk.node.offers.of(attic.node.key.public))
+    for method in ("agent.show", "agent.start", "agent.stop"):
+        await Daemon(desk).refused(Code.NO_AGENT, method, agent="kExecutor:nope")
+    ids = [agent["id"] for agent in await Daemon(desk).call("agent.list")]
+    assert ids == sorted(ids)
+
+
+async def test_agents_are_installed_one_at_a_time(
+    autojump_clock: MockClock, cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = await cell.add("desk")
+    daemon = Daemon(desk)
+    at_once, most = 0, 0
+
+    async def install(number: int) -> None:
+        await daemon.refused(Code.NOT_FOUND, "agent.install", path=f"/absent/{number}")
+
+    run = desk.node.world.blocking.run
+
+    async def slow(work: Any) -> Any:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await trio.sleep(1)
+        try:
+            return await run(work)
+        finally:
+            at_once -= 1
+
+    monkeypatch.setattr(desk.node.world.blocking, "run", slow)
+    async with trio.open_nursery() as nursery:
+        for number in range(3):
+            nursery.start_soon(install, number)
+    assert most == 1
+
+
+async def test_a_task_is_followed_to_its_end(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, _ = await cell.add("desk"), await cell.add("attic")
+    daemon = Daemon(desk)
+    line = "report 0.5 half\nsleep 5\nsay done"
+    done = await daemon.call("task.submit", agent=COMMAND, input=line, direct=True, wait=True, on="attic")
+    assert daemon.steps == [{"fraction": 0.5, "text": "half", "node": "attic"}]
+    assert set(done) >= {"id", "agent", "state", "attempt", "node", "key", "result", "error"}
+    assert (done["state"], done["result"], done["node"]) == ("succeeded", "done", "attic")
+    assert await daemon.call("task.show", task=done["id"][:10]) == done
+    assert await daemon.call("task.watch", task=done["id"]) == done
+    assert await daemon.call("task.list") == [done]
+    await daemon.refused(Code.INVALID_ARGUMENT, "task.cancel", task=done["id"])
+    for method in ("task.show", "task.watch", "task.cancel"):
+        await daemon.refused(Code.NOT_FOUND, method, task="nothing")
+
+
+async def test_without_wait_the_answer_comes_at_once(autojump_clock: MockClock, cell: Cell) -> None:
+    daemon = Daemon(await cell.add("desk"))
+    begun = await daemon.call("task.submit", agent=COMMAND, input="sleep 5", direct=True)
+    assert begun["state"] == "assigned"
+    assert (await daemon.call("task.cancel", task=begun["id"]))["state"] == "cancelled"
+
+
+async def test_a_durable_task_is_refused_with_the_flag_to_add(autojump_clock: MockClock, cell: Cell) -> None:
+    daemon = Daemon(await cell.add("desk"))
+    with pytest.raises(KnodeError) as caught:
+        await daemon.call("task.submit", agent=TEXT)
+    assert caught.value.code is Code.UNAVAILABLE
+    assert "--direct" in caught.value.next_step
+
+
+async def test_who_waited_and_went_away_has_the_task_cancelled(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    daemon = Daemon(desk)
+    with trio.move_on_after(5) as waiting:
+        await daemon.call("task.submit", agent=COMMAND, input="sleep 50", direct=True, wait=True, on="attic")
+    assert waiting.cancelled_caught
+    assert [task["state"] for task in await daemon.call("task.list")] == ["cancelled"]
+    await cell.until(lambda: attic.sandbox.cancelled != [])
+    watched = await daemon.call("task.submit", agent=COMMAND, input="sleep 50", direct=True, on="attic")
+    with trio.move_on_after(5):
+        await daemon.call("task.watch", task=watched["id"])
+    assert (await daemon.call("task.show", task=watched["id"]))["state"] == "assigned"
+
+
+async def test_stop_is_passed_on(autojump_clock: MockClock, cell: Cell) -> None:
+    daemon = Daemon(await cell.add("desk"))
+    assert await daemon.call("stop") == {"stopping": True}
+    assert daemon.stopped
+
+
+async def test_new_log_lines_come_live(autojump_clock: MockClock, cell: Cell) -> None:
+    desk = await cell.add("desk")
+    daemon = Daemon(desk)
+    with trio.move_on_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: daemon.call("logs.tail", lines=0, follow=True))
+            await trio.sleep(1)
+            desk.log.logger.info("one")
+            desk.log.logger.info("two")
+    assert [step["line"] for step in daemon.steps] == desk.lines[-2:]
