@@ -78,9 +78,10 @@ class Gossip:
         self._log = log
         # Events are taken in order by one task.
         self._send_work, self._work = trio.open_memory_channel[tuple[PublicKey, str, bytes]](QUEUE)
+        self._waiting: Counter[bytes] = Counter()
+        """How many events of each peer wait, by its raw key."""
         self._opened, self._openings = trio.open_memory_channel[tuple[Peer, Conversation]](QUEUE)
         methods.add("roster.pull", Pull, self._answer_pull, before_sync=True)
-        self._waiting: Counter[bytes] = Counter()
         for topic in (STATEMENTS_TOPIC, CONTACTS_TOPIC):
             peers.on_event(topic, partial(self._queue, topic))
         peers.on_conversation.append(self._on_conversation)
@@ -110,12 +111,13 @@ class Gossip:
 
     def _queue(self, topic: str, key: PublicKey, body: bytes) -> None:
         """Let news wait for its turn; RATE_LIMITED, which ends the session, when too much waits."""
+        too_much = KnodeError(Code.RATE_LIMITED, "more news at once than this node takes")
+        if self._waiting[key.raw] >= QUEUE_OF_A_PEER:
+            raise too_much
         try:
-            if self._waiting[key.raw] >= QUEUE_OF_A_PEER:
-                raise trio.WouldBlock
             self._send_work.send_nowait((key, topic, body))
         except trio.WouldBlock:
-            raise KnodeError(Code.RATE_LIMITED, "more news at once than this node takes") from None
+            raise too_much from None
         self._waiting[key.raw] += 1
 
     async def _synchronise(self, peer: Peer, conversation: Conversation) -> None:
@@ -131,8 +133,8 @@ class Gossip:
             if conversation.established.peer_roster_digest != self._membership.roster.digest:
                 # What is new here since the handshake was told to nobody who was not connected yet, and
                 # the peer, which knows our digest of then, does not ask for it.
-                for body in _packed([s.data for s in self._membership.roster.statements.values()]):
-                    peer.send_event(STATEMENTS_TOPIC, body, Context())
+                for body in _packed([s.data for s in telling_order(self._membership.roster)]):
+                    conversation.send_or_close(Event(STATEMENTS_TOPIC, Context(), body))
             contacts = [c.data for _, c in sorted(self._membership.contacts.items())]
             for body in _packed(contacts):
                 conversation.send_or_close(Event(CONTACTS_TOPIC, Context(), body))

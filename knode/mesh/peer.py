@@ -152,54 +152,35 @@ class Peer:
             raise KnodeError(Code.TOO_LARGE, f"a request carries at most {MAX_BODY_BYTES // 1024} KiB")
         if len(self._pending) >= PENDING_AT_ONCE:
             raise KnodeError(Code.RATE_LIMITED, f"{PENDING_AT_ONCE} requests wait for this node already")
+        now = self._clock.monotonic()
+        if deadline <= now:
+            raise KnodeError(Code.TIMEOUT, "the time was over before it began; nothing was sent")
+        deadline = min(deadline, Monotonic(now + MAX_TTL_MS / 1000))
         counter = next(self._counters)
         pending = self._pending[counter] = Pending(on_progress)
         try:
-            with trio.move_on_at(min(deadline, self._clock.monotonic() + MAX_TTL_MS / 1000)):
+            with trio.move_on_at(deadline):
                 conversation = self.conversation or await self._come_back()
-                await self._ask(conversation, pending, counter, method, encoded, deadline, context, chunks)
+                request = Request(
+                    counter=counter,
+                    destination_boot=conversation.established.peer_boot,
+                    method=method,
+                    ttl_ms=max(1, round((deadline - self._clock.monotonic()) * 1000)),
+                    stream=0 if chunks is None else conversation.session.open_stream(),
+                    context=context or Context(),
+                    body=encoded,
+                )
+                conversation.send(request)
+                pending.request = request
+                if chunks is None:
+                    await self._answered(pending)
+                else:
+                    await self._upload(conversation, pending, request.stream, chunks)
             return _result(pending)
         finally:
             del self._pending[counter]
             if pending.request is not None and pending.answer is None and self.conversation is not None:
                 self.conversation.send_or_close(Cancel(counter))
-
-    async def _ask(
-        self,
-        conversation: Conversation,
-        pending: Pending,
-        counter: int,
-        method: str,
-        body: bytes,
-        deadline: Monotonic,
-        context: Context | None,
-        chunks: AsyncIterator[bytes] | None,
-    ) -> None:
-        ttl_ms = round((deadline - self._clock.monotonic()) * 1000)
-        if ttl_ms < 1:
-            return
-        request = Request(
-            counter=counter,
-            destination_boot=conversation.established.peer_boot,
-            method=method,
-            ttl_ms=min(MAX_TTL_MS, ttl_ms),
-            stream=0 if chunks is None else conversation.session.open_stream(),
-            context=context or Context(),
-            body=body,
-        )
-        conversation.send(request)
-        pending.request = request
-        if chunks is None:
-            await self._answered(pending)
-            return
-        conversation.hold(request.stream)
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_upload, conversation, request.stream, pending, chunks)
-                await self._answered(pending)
-                nursery.cancel_scope.cancel()
-        finally:
-            conversation.let_go(request.stream)
 
     def take_answer(self, answer: Answer) -> None:
         """Hand an answer to whoever waits for it."""
@@ -212,6 +193,32 @@ class Peer:
         pending = self._pending.get(counter)
         if pending is not None and pending.on_progress is not None:
             pending.on_progress(body)
+
+    async def _upload(
+        self, conversation: Conversation, pending: Pending, stream: int, chunks: AsyncIterator[bytes]
+    ) -> None:
+        """Send the data of a request, and wait for its answer: it comes over the same link or not at all."""
+
+        async def send() -> None:
+            try:
+                await conversation.upload(stream, chunks)
+            except KnodeError as error:
+                # Stopped by the receiver: it says why in its answer.
+                if error.code is not Code.CANCELLED:
+                    pending.fail(error)
+            except Exception as error:
+                pending.fail(error)
+            await conversation.ended.wait()
+            pending.fail(_fate_unknown("the node was lost while it worked"))
+
+        conversation.hold(stream)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send)
+                await self._answered(pending)
+                nursery.cancel_scope.cancel()
+        finally:
+            conversation.let_go(stream)
 
     def _choose(self) -> None:
         """Use the conversation that both sides prefer, and ask again there what waits."""
@@ -273,22 +280,6 @@ class Peer:
                 await pending.news.wait()
             if grace.cancelled_caught:
                 pending.fail(_fate_unknown("the node was lost while it worked"))
-
-
-async def _upload(
-    conversation: Conversation, stream: int, pending: Pending, chunks: AsyncIterator[bytes]
-) -> None:
-    """Send the data of a request. Its answer comes over the same link, or not at all."""
-    try:
-        await conversation.upload(stream, chunks)
-    except KnodeError as error:
-        # Stopped by the receiver: it says why in its answer.
-        if error.code is not Code.CANCELLED:
-            pending.fail(error)
-    except Exception as error:
-        pending.fail(error)
-    await conversation.ended.wait()
-    pending.fail(_fate_unknown("the node was lost while it worked"))
 
 
 def _result(pending: Pending) -> bytes:

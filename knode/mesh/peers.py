@@ -235,6 +235,7 @@ class Peers:
                 backoff_s = min(BACKOFF_LONGEST_S, backoff_s * 2)
         finally:
             del self._dialling[peer.key.raw]
+            self._forget_stranger(peer)
 
     async def _try_addresses(self, peer: Peer) -> None:
         """Dial a member's addresses, each a moment after the one before, until there is a conversation."""
