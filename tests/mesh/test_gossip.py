@@ -8,7 +8,14 @@ from knode.errors import Code
 from knode.klp.codec import encode
 from knode.klp.messages import Context, Event, Request
 from knode.mesh.contact import Contact, sign_contact
-from knode.mesh.gossip import CONTACTS_TOPIC, PULL_S, QUEUE_OF_A_PEER, STATEMENTS_TOPIC, Objects
+from knode.mesh.gossip import (
+    CONTACTS_TOPIC,
+    PULL_S,
+    QUEUE_OF_A_PEER,
+    STATEMENTS_TOPIC,
+    Objects,
+    telling_order,
+)
 from knode.mesh.roster import Add, Role, SignedStatement, sign_statement
 
 
@@ -113,6 +120,24 @@ async def test_what_a_revoked_node_still_says_is_refused(cell: Cell) -> None:
     error = await refused(Code.KEY_REVOKED, stranger.answer, 1)
     assert error.message
     assert a.ran == []
+
+
+async def test_revocations_are_told_first_and_what_an_admin_signed_last(cell: Cell) -> None:
+    a, b = await cell.nodes("a", "b")
+    await a.membership.add(adds(a, 20))
+    await a.membership.set_role(a.member(b), Role.ADMIN)
+    await until(lambda: same_rosters(a, b))
+    for member in list(b.membership.roster.members.values())[2:12]:
+        await b.membership.set_role(member, Role.VOTER)
+    await until(lambda: same_rosters(a, b))
+    await a.membership.revoke(a.membership.roster.find("m7"))
+    kinds = [
+        "admin" if s.body.signer == b.key.public.raw else type(s.body).__name__
+        for s in telling_order(a.membership.roster)
+    ]
+    assert kinds[:2] == ["Genesis", "Revoke"]
+    assert kinds[-10:] == ["admin"] * 10
+    assert "admin" not in kinds[:-10]
 
 
 async def test_a_roster_that_is_larger_than_a_message_arrives_whole(cell: Cell) -> None:
