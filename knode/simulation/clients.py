@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -21,6 +23,12 @@ from knode.tasks.task import Task
 AGENT = "kExecutor:text"
 WORDS = ("mesh", "links", "carry", "frames", "from", "node", "to", "node", "Grüße", "雪", "\n")
 MOST_WORDS = 40
+FILES = {
+    Path("/clients/empty.txt"): "",
+    Path("/clients/small.txt"): " ".join(WORDS * 100),
+    Path("/clients/large.txt"): " ".join(WORDS * 22_000),
+}
+"""What lies on every machine to be sent along with tasks; the largest needs more than a first credit."""
 NAMED_NODE = 0.5
 """How many tasks ask for a node by its name."""
 
@@ -72,6 +80,14 @@ class History:
         return dict(sorted(counts.items()))
 
 
+def lay_out_files(cell: Cell) -> None:
+    """Put the clients' files on every machine."""
+    for host in cell.hosts:
+        for path, text in FILES.items():
+            host.disk.make_folder(path.parent)
+            host.disk.write(path, text.encode())
+
+
 async def submit_for_ever(
     cell: Cell, clients: Clients, history: History, randomness: SimulatedRandomness
 ) -> None:
@@ -89,9 +105,14 @@ async def _submit(cell: Cell, clients: Clients, history: History, randomness: Si
     host, node = up[randomness.choose(len(up))]
     text = " ".join(WORDS[randomness.choose(len(WORDS))] for _ in range(randomness.choose(MOST_WORDS)))
     named = cell.hosts[randomness.choose(len(cell.hosts))].name
+    request, artifacts = {"op": "count", "text": text}, tuple[Path, ...]()
+    if randomness.happens(clients.with_file):
+        path = list(FILES)[randomness.choose(len(FILES))]
+        request, artifacts, text = {"op": "count"}, (path,), FILES[path]
     submission = Submission(
         agent=AGENT,
-        input=json.dumps({"op": "count", "text": text}).encode(),
+        input=json.dumps(request).encode(),
+        artifacts=artifacts,
         on=named if randomness.happens(NAMED_NODE) else None,
         deadline_s=randomness.uniform(*clients.deadline_s),
     )
@@ -110,12 +131,13 @@ async def _submit(cell: Cell, clients: Clients, history: History, randomness: Si
             await node.tasks.cancel(task)
 
 
+@lru_cache(maxsize=256)
 def right_answer(text: str) -> dict[str, int]:
     """Return what `kExecutor:text` must count, found in another way than it does."""
     lines = text.split("\n")
     return {
-        "bytes": sum(len(character.encode()) for character in text),
-        "characters": len(list(text)),
+        "bytes": sum(len(character.encode()) * count for character, count in Counter(text).items()),
+        "characters": Counter(text).total(),
         "lines": len(lines) - (lines[-1] == ""),
         "words": len([word for line in lines for word in line.split(" ") if word]),
     }

@@ -54,7 +54,7 @@ class Host:
         self._randomness = SimulatedRandomness(seed, name)
         self._fate = SimulatedRandomness(seed, f"{name}'s disk")
         self._blocking_delay_s = work_s
-        self._home = Home(Path("/simulated") / name, runtime_folder=None)
+        self.home = Home(Path("/simulated") / name, runtime_folder=None)
         self.disk = SimulatedDisk()
         self.is_in_trouble = False
         """Whether a fault has taken it down; one at a time is enough."""
@@ -75,20 +75,20 @@ class Host:
     @property
     def public_key(self) -> PublicKey:
         """The node's key, up or not."""
-        return load_key(self.world, self._home.node_key).public
+        return load_key(self.world, self.home.node_key).public
 
     def make_home(self) -> KeyPair:
         """Make a home as `knode join` does; return the node's key. No certificate: no TLS is spoken here."""
-        prepare_home(self.world, self._home)
-        key = create_key(self.world, self._home.node_key)
-        complete_home(self.world, self._home, name=self.name)
+        prepare_home(self.world, self.home)
+        key = create_key(self.world, self.home.node_key)
+        complete_home(self.world, self.home, name=self.name)
         return key
 
     async def found_cell(self) -> None:
         """Make a home and found a cell in it, as `knode init` does."""
         key = self.make_home()
-        owner, recovery = create_key(self.world, self._home.owner_key), KeyPair(self._randomness.token(32))
-        database = await open_database(self.world, self._home)
+        owner, recovery = create_key(self.world, self.home.owner_key), KeyPair(self._randomness.token(32))
+        database = await open_database(self.world, self.home)
         try:
             membership = Membership(self.world, database, key, owner)
             await membership.load()
@@ -107,11 +107,11 @@ class Host:
         world = self.world
         try:
             with self._life:
-                open_home(world, self._home)
-                settings = load_configuration(world, self._home, {}, {}).values
+                open_home(world, self.home)
+                settings = load_configuration(world, self.home, {}, {}).values
                 carriers = {"memory": self._network.carrier(self.name)}
                 machine = Machine(cores=CORES, busy_percent=lambda: 0, sandbox=None)
-                node = await Node.open(world, self._home, settings, carriers, machine, self._log)
+                node = await Node.open(world, self.home, settings, carriers, machine, self._log)
                 async with trio.open_nursery() as nursery:
                     await nursery.start(node.run)
                     self.node, self.up_since = node, trio.current_time()

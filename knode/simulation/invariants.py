@@ -141,6 +141,13 @@ def finally_answers_are_right(evidence: Evidence) -> Iterator[str]:
             yield f"task {each.task.id} counted {answer_of(each.task)}, which is {each.right}"
 
 
+def finally_nothing_of_attempts_is_left(evidence: Evidence) -> Iterator[str]:
+    """No file that came with a task stays on a disk, whatever became of the task."""
+    for host in evidence.cell.hosts:
+        for name in host.disk.list_folder(host.home.attempts):
+            yield f"{host.name} still has a folder of task {name}"
+
+
 def finally_what_was_not_sent_never_began(evidence: Evidence) -> Iterator[str]:
     """A task that ended UNAVAILABLE says that nothing was sent, so it began nowhere."""
     for each in evidence.history.submitted:
@@ -169,6 +176,7 @@ INVARIANTS: Mapping[str, Invariant] = {
         eventually_the_revoked_are_out,
         finally_every_task_has_ended,
         finally_answers_are_right,
+        finally_nothing_of_attempts_is_left,
         finally_what_was_not_sent_never_began,
         finally_the_cell_has_worked,
     )

@@ -9,7 +9,7 @@ import trio
 
 from knode.errors import Code, KnodeError
 from knode.simulation.cell import Cell
-from knode.simulation.clients import History, submit_for_ever
+from knode.simulation.clients import History, lay_out_files, submit_for_ever
 from knode.simulation.faults import inflict
 from knode.simulation.guard import guard
 from knode.simulation.invariants import INVARIANTS, Evidence
@@ -19,11 +19,15 @@ from knode.simulation.stranger import Stranger
 from knode.simulation.trace import Trace
 from knode.simulation.world import SimulatedRandomness
 from knode.tasks.direct import ANSWER_GRACE_S
+from knode.tasks.folders import WAIT_S
+from knode.tasks.worker import SWEEP_S
 
 CHECK_EVERY_S = 0.5
 LOOK_EVERY_S = 0.1
 """How often it is asked whether all is well again."""
 HEALED_WITHIN_S = 30.0
+SWEPT_AFTER_S = WAIT_S + 2 * SWEEP_S
+"""By then files that nobody came for are swept away."""
 MAX_VIOLATIONS = 100
 
 
@@ -97,13 +101,15 @@ class Run:
                 await nursery.start(cell.run)
                 self._progress(f"founding a cell of {self._nodes}")
                 await cell.found()
+                lay_out_files(cell)
                 await self._settle(evidence)
                 nursery.start_soon(self._watch, evidence)
                 nursery.start_soon(stranger.run)
                 await self._storm(evidence)
                 self._progress("healed")
                 await self._settle(evidence)
-                await trio.sleep(self._scenario.clients.deadline_s[1] + ANSWER_GRACE_S + CHECK_EVERY_S)
+                last_deadline_s = self._scenario.clients.deadline_s[1] + ANSWER_GRACE_S
+                await trio.sleep(max(last_deadline_s, SWEPT_AFTER_S) + CHECK_EVERY_S)
                 self._check(evidence, "anytime_")
                 self._check(evidence, "finally_")
                 for host in cell.hosts:

@@ -53,6 +53,8 @@ class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     every_s: Span = (0.02, 0.2)
     deadline_s: Span = (2.0, 10.0)
+    with_file: Probability = 0.05
+    """How many of the tasks have a file with them."""
     cancelled: Probability = 0.02
     """How many of the tasks are cancelled again."""
 
