@@ -183,7 +183,7 @@ async def test_a_restarted_peer_takes_over_from_its_former_link(cell: Cell) -> N
         assert former.liveness.state(trio.current_time()) is PeerState.ALIVE  # the test is about something
         assert await late.ask(early, "test.echo", "new") == "new"
         assert await until(lambda e=early, la=late: e.peer(la).state is PeerState.ALIVE) < 1  # type: ignore[misc]
-        assert await early.ask(late, "test.echo", "new", within_s=5) == "new"
+        assert await early.ask(late, "test.echo", "new", within_s=0.5) == "new"
 
 
 async def test_what_is_announced_reaches_those_who_are_here_and_those_who_come(cell: Cell) -> None:
