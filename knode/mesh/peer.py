@@ -69,6 +69,8 @@ class Peer:
         self.conversation: Conversation | None = None
         """The one that new messages go over."""
         self.conversations: list[Conversation] = []
+        self.refusal: KnodeError | None = None
+        """Why it did not let this node in when it was dialled last; None once it does."""
         self.changed = trio.Event()
         """Set, and replaced, whenever another conversation is used, or none."""
         self._own = own
@@ -101,6 +103,7 @@ class Peer:
 
     def attach(self, conversation: Conversation) -> None:
         """Take a conversation that was just opened."""
+        self.refusal = None
         self.conversations.append(conversation)
         self._left = False
         self._choose()

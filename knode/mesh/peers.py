@@ -253,6 +253,8 @@ class Peers:
             await self._open(peer, address)
             others.cancel()
         except KnodeError as error:
+            if error.code is not Code.UNAVAILABLE:
+                peer.refusal = error
             self._log.debug("dial failed", peer=peer.node_id, address=address, why=error.message)
 
     async def _open(self, peer: Peer, address: str) -> None:

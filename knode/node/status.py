@@ -96,6 +96,12 @@ def _warnings(node: Node) -> list[str]:
             _ = membership.own
         except KnodeError as error:
             warnings.append(str(error))
+        for peer in node.peers.members():
+            if peer.refusal is not None:
+                name = membership.roster.members[peer.key.raw].name
+                warnings.append(
+                    f"{name} refuses this node ({peer.refusal.message}): {peer.refusal.next_step}"
+                )
         lost = [p for p in node.peers.members() if p.state is PeerState.FAILED]
         if lost:
             names = ", ".join(membership.roster.members[p.key.raw].name for p in lost)

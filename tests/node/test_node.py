@@ -11,9 +11,11 @@ from trio.testing import MockClock
 from knode.control import daemon
 from knode.errors import Code, KnodeError
 from knode.home.configuration import load_configuration
+from knode.klp.codec import Decoder, encode
 from knode.klp.messages import Load
 from knode.mesh.roster import Role
 from knode.node import Machine, Node
+from knode.node.status import status
 
 
 async def open_again(cell: Cell, host: Host) -> Node:
@@ -131,8 +133,6 @@ async def test_a_machine_without_a_sandbox_warns_and_offers_only_what_it_can_run
     node = await open_again(cell, desk)
     async with trio.open_nursery() as nursery:
         await nursery.start(node.run)
-        from knode.node.status import status
-
         assert any("no sandbox holds here" in warning for warning in status(node)["warnings"])
         assert node.offers.of(node.key.public) == {"kExecutor:text"}
         nursery.cancel_scope.cancel()
@@ -141,9 +141,15 @@ async def test_a_machine_without_a_sandbox_warns_and_offers_only_what_it_can_run
 def test_a_machine_busier_than_its_cores_tells_a_load_that_fits_the_protocol(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from knode.klp.codec import Decoder, encode
-
     for average in (0.0, 0.5, 1000.0):
         monkeypatch.setattr(os, "getloadavg", lambda average=average: (average, 0.0, 0.0))
         load = Load(0, 0, 1, daemon._busy_percent())
         assert Decoder[Load](Load).decode(encode(load)) == load
+
+
+async def test_a_revoked_node_is_told_who_refuses_it_and_why(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    await desk.node.membership.revoke(attic.node.membership.own)
+    await cell.until(lambda: any("was revoked" in warning for warning in status(attic.node)["warnings"]))
+    assert status(desk.node)["warnings"] == []
+    assert [member["name"] for member in status(desk.node)["members"]] == ["desk"]
