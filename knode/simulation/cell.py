@@ -109,6 +109,12 @@ class Cell:
         """Give every machine whose node is up."""
         return ((host, host.node) for host in self.hosts if host.node is not None)
 
+    def is_revoked(self, host: Host) -> bool:
+        """Tell whether a member was revoked: as was acknowledged, or as the owner's node has it."""
+        owner = self.hosts[0].node
+        known = owner is not None and host.public_key.raw in owner.membership.roster.revoked
+        return host.is_revoked or known
+
     def _others(self, host: Host) -> list[Host]:
         return [other for other in self.hosts if other is not host]
 

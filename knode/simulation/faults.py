@@ -135,13 +135,14 @@ async def _give_role(cell: Cell, host: Host, role: Role) -> None:
 
 async def _revoke(cell: Cell, randomness: SimulatedRandomness) -> None:
     owner = cell.hosts[0].node
-    members = [host for host in cell.hosts[1:] if not host.is_revoked]
+    members = [host for host in cell.hosts[1:] if not cell.is_revoked(host)]
     if owner is not None and len(members) > 1:
         host = _choose(members, randomness)
         try:
             await owner.membership.revoke(owner.membership.roster.find(host.name))
-            host.is_revoked = True
-            cell.trace.note(host.name, "is revoked")
+            # An owner that died meanwhile has told nobody that it is done.
+            host.is_revoked = cell.hosts[0].node is owner
+            cell.trace.note(host.name, "is revoked", acknowledged=host.is_revoked)
         except (KnodeError, trio.ClosedResourceError) as error:
             cell.trace.note(host.name, "not revoked", why=repr(error))
 

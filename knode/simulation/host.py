@@ -59,7 +59,7 @@ class Host:
         self.is_in_trouble = False
         """Whether a fault has taken it down; one at a time is enough."""
         self.is_revoked = False
-        """Whether the owner has revoked its membership; news of that may still be on its way."""
+        """Whether its owner was told that it is revoked; news of that may still be on its way."""
         self._after_crash: SimulatedDisk | None = None
         self._life = trio.CancelScope()
         self._changed = trio.Event()

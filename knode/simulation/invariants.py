@@ -101,9 +101,10 @@ def anytime_the_silent_are_found_dead(evidence: Evidence) -> Iterator[str]:
 
 def eventually_all_see_all(evidence: Evidence) -> Iterator[str]:
     """Every member is up, has the same roster, and sees every other one alive."""
-    up = {host.name: node for host, node in evidence.cell.nodes() if not host.is_revoked}
-    for host in evidence.cell.hosts:
-        if host.name not in up and not host.is_revoked:
+    members = [host for host in evidence.cell.hosts if not evidence.cell.is_revoked(host)]
+    up = {host.name: host.node for host in members if host.node is not None}
+    for host in members:
+        if host.name not in up:
             yield f"{host.name} is not up"
     if len({node.membership.roster.digest for node in up.values()}) > 1:
         yield "the rosters differ"
@@ -115,9 +116,9 @@ def eventually_all_see_all(evidence: Evidence) -> Iterator[str]:
 
 def eventually_the_revoked_are_out(evidence: Evidence) -> Iterator[str]:
     """Every member knows who was revoked, and talks to none of them."""
-    revoked = [host for host in evidence.cell.hosts if host.is_revoked]
+    revoked = [host for host in evidence.cell.hosts if evidence.cell.is_revoked(host)]
     for member, node in evidence.cell.nodes():
-        if member.is_revoked:
+        if member in revoked:
             continue
         for host in revoked:
             key = host.public_key
