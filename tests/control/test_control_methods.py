@@ -246,6 +246,7 @@ async def test_agents_are_installed_one_at_a_time(
 ) -> None:
     desk = await cell.add("desk")
     daemon = Daemon(desk)
+    await trio.sleep(5)  # so that nothing else of the start is at work
     at_once, most = 0, 0
 
     async def install(number: int) -> None:
