@@ -196,12 +196,12 @@ async def _opened(open_one: Callable[[bytes], T], data: tuple[bytes, ...]) -> li
     return opened
 
 
-def fitting(data: list[bytes], limit_bytes: int = ANSWER_BYTES) -> list[bytes]:
-    """Return as many, from the first on, as fit into one message."""
-    size = 0
+def fitting(data: list[bytes], *, beside_bytes: int = 0) -> list[bytes]:
+    """Return as many, from the first on, as fit into one message beside so much else."""
+    size = beside_bytes
     for count, item in enumerate(data):
         size += len(item) + FRAMING_BYTES
-        if size > limit_bytes:
+        if size > ANSWER_BYTES:
             return data[:count]
     return data
 

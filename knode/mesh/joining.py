@@ -11,7 +11,7 @@ from knode.errors import Code, KnodeError
 from knode.home.folder import NodeName
 from knode.klp.codec import Decoder
 from knode.mesh.contact import SignedContact, open_contact
-from knode.mesh.gossip import ANSWER_BYTES, Gossip, Signed, fitting, telling_order
+from knode.mesh.gossip import Gossip, Signed, fitting, telling_order
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peers import Peers
@@ -139,6 +139,6 @@ class Joining:
 
         order = sorted(telling_order(roster), key=is_needed, reverse=True)
         statements = fitting([s.data for s in order])
-        left = ANSWER_BYTES - sum(map(len, statements))
         own_first = sorted(contacts, key=lambda key: key != self._membership.key.public.raw)
-        return Joined(tuple(statements), tuple(fitting([contacts[key].data for key in own_first], left)))
+        beside = fitting([contacts[key].data for key in own_first], beside_bytes=sum(map(len, statements)))
+        return Joined(tuple(statements), tuple(beside))

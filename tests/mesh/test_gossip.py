@@ -7,6 +7,7 @@ from mesh_cell import Cell, MeshNode, Text, key_of, refused, until
 from knode.errors import Code
 from knode.klp.codec import encode
 from knode.klp.messages import Context, Event, Request
+from knode.mesh import gossip
 from knode.mesh.contact import Contact, sign_contact
 from knode.mesh.gossip import (
     CONTACTS_TOPIC,
@@ -140,17 +141,21 @@ async def test_revocations_are_told_first_and_what_an_admin_signed_last(cell: Ce
     assert "admin" not in kinds[:-10]
 
 
-async def test_a_roster_that_is_larger_than_a_message_arrives_whole(cell: Cell) -> None:
+async def test_a_roster_that_is_larger_than_a_message_arrives_whole(
+    cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gossip, "ANSWER_BYTES", 4096)
     a, b = await cell.nodes("a", "b")
     await b.stop()
-    await a.membership.add(adds(a, 1000))
+    await a.membership.add(adds(a, 100))
     await b.start(cell.nursery)
     await b.connected(a)
     assert same_rosters(a, b)
-    assert len(b.membership.roster.members) == 1002
+    assert len(b.membership.roster.members) == 102
     c = await cell.node("c")
     await c.join(await a.invite())
     await c.connected(a)
+    assert len(gossip._packed([s.data for s in a.membership.roster.statements.values()])) > 3
     await until(lambda: same_rosters(a, c))
 
 
