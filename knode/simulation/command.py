@@ -8,8 +8,6 @@ from typing import Any
 from knode.simulation.run import Run
 from knode.simulation.scenario import DEFAULT, load
 
-MAX_NODES = 64
-
 
 def simulate(
     *,

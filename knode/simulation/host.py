@@ -43,7 +43,6 @@ class Host:
         self.name = name
         self.node: Node | None = None
         """The node, while it is up."""
-        self.up_since = 0.0
         self.failures: list[str] = []
         """Errors that ended a life of the node, or that it could not start with."""
         self.clock = SimulatedClock(clock_skew_s)
@@ -114,7 +113,7 @@ class Host:
                 node = await Node.open(world, self.home, settings, carriers, machine, self._log)
                 async with trio.open_nursery() as nursery:
                     await nursery.start(node.run)
-                    self.node, self.up_since = node, trio.current_time()
+                    self.node = node
                     self._tell()
                     await trio.sleep_forever()
         except Exception as error:
@@ -159,10 +158,6 @@ class Host:
 
         self.disk.watch(count)
 
-    def _tell(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
-
     async def until_started(self) -> None:
         """Return once the node is up, or its process has ended without."""
         while self.is_living and self.node is None:
@@ -172,3 +167,7 @@ class Host:
         """Return once the process is gone."""
         while self.is_living:
             await self._changed.wait()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()

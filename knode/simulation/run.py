@@ -114,6 +114,7 @@ class Run:
                 self._check(evidence, "finally_")
                 for host in cell.hosts:
                     await cell.stop(host)
+                    host.disk.close()
                 nursery.cancel_scope.cancel()
             return Outcome(
                 virtual_s=round(trio.current_time(), 3),
