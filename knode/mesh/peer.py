@@ -8,7 +8,6 @@ so: UNKNOWN.
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -279,7 +278,11 @@ class Peer:
         """Wait for the answer; a peer that stays away too long leaves the request's fate unknown."""
         while not pending.done:
             pending.news = trio.Event()
-            with trio.move_on_after(math.inf if self.conversation else LOST_GRACE_S) as grace:
+            if self.conversation is not None:
+                await pending.news.wait()
+                continue
+            # Who said good-bye has stopped its work and will not come back as the same boot.
+            with trio.move_on_after(0 if self.state is PeerState.LEFT else LOST_GRACE_S) as grace:
                 await pending.news.wait()
             if grace.cancelled_caught:
                 pending.fail(_fate_unknown("the node was lost while it worked"))

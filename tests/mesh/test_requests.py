@@ -111,6 +111,16 @@ async def test_a_lost_peer_leaves_the_fate_unknown_after_the_grace(cell: Cell) -
     assert LOST_GRACE_S - 0.1 <= trio.current_time() - begun <= LOST_GRACE_S + 3.5
 
 
+async def test_a_peer_that_says_good_bye_leaves_the_fate_unknown_at_once(cell: Cell) -> None:
+    a, b = await cell.nodes("a", "b")
+    asking = Asking(cell, a, b, "test.wait", "slow", within_s=200)
+    await until(lambda: b.ran == ["slow"])
+    begun = trio.current_time()
+    await b.peers.leave()
+    assert await asking.ended() is Code.UNKNOWN
+    assert trio.current_time() - begun <= 2
+
+
 async def test_an_absent_peer_is_unavailable_at_once(cell: Cell) -> None:
     a, b = await cell.nodes("a", "b")
     await cell.crash(b)
