@@ -68,7 +68,7 @@ def test_a_damaged_home_file_does_not_keep_the_configuration_from_being_read(hom
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{"node": {\n  "port": 1,\n}}', "line 3"),
+        ('{"node": {\n  "port": 1\n  "host": "x"}}', "line 3"),
         ('{"node": {"prt": 1}}', "node.prt"),
         ('{"nod": {}}', "nod"),
         ('{"node": {"port": "1"}}', "node.port"),
