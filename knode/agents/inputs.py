@@ -35,11 +35,10 @@ def parse_source(data: bytes) -> Source:
         KnodeError: AGENT_FAILED when it is neither.
     """
     try:
-        return _source_decoder.decode(data)
-    except msgspec.DecodeError:
-        pass  # Python source; a dict display is one too
-    try:
-        return Source(code=data.decode())
+        try:
+            return _source_decoder.decode(data)
+        except msgspec.DecodeError:
+            return Source(code=data.decode())  # a dict display is Python source too
     except UnicodeDecodeError as error:
         raise KnodeError(
             Code.AGENT_FAILED, 'kExecutor:python takes UTF-8 source, or {"code":…, "stdin":…}'

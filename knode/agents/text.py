@@ -1,11 +1,14 @@
 """`kExecutor:text`: counts, searches and extracts, in time linear in the text.
 
 It runs in the node's own process, so it takes no pattern from outside: what is searched is literal,
-and what is extracted is found by the patterns below, none of which can backtrack.
+and what is extracted is found by the patterns below, none of which can backtrack. For the same reason
+it reads a text piece by piece: as a list of lines or words it would take many times its size in memory.
 """
 
 from __future__ import annotations
 
+import codecs
+import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Literal
@@ -15,6 +18,7 @@ import msgspec
 MAX_MATCHES = 1000
 MAX_LINE_CHARACTERS = 300
 RESULT_MARGIN_BYTES = 1024
+PIECE_BYTES = 64 * 1024
 
 Needle = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
 
@@ -69,7 +73,7 @@ def parse_request(data: bytes) -> Request:
         return _decoder.decode(data)
     except msgspec.ValidationError as error:
         raise ValueError(f"{error}; expected {EXPECTED}") from error
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return Count(text=data.decode("utf-8", "replace"))
 
 
@@ -93,12 +97,20 @@ def answer(request: Request, files: Mapping[str, bytes], limit_bytes: int) -> by
 
 def count_text(data: bytes) -> dict[str, int]:
     """Return the counts of one text. A last line without its end counts."""
-    text = data.decode("utf-8", "replace")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    characters, words, in_word = 0, 0, False
+    for begin in range(0, len(data), PIECE_BYTES):
+        end = begin + PIECE_BYTES
+        if piece := decoder.decode(data[begin:end], final=end >= len(data)):
+            characters += len(piece)
+            # A word that the last piece began is counted already.
+            words += len(piece.split()) - (in_word and not piece[0].isspace())
+            in_word = not piece[-1].isspace()
     return {
         "bytes": len(data),
-        "characters": len(text),
-        "lines": text.count("\n") + (not text.endswith("\n") and text != ""),
-        "words": len(text.split()),
+        "characters": characters,
+        "lines": data.count(b"\n") + (data != b"" and not data.endswith(b"\n")),
+        "words": words,
     }
 
 
@@ -117,7 +129,7 @@ def _search(request: Search, texts: Mapping[str, bytes]) -> Iterator[object]:
     fold: Callable[[str], str] = str.casefold if request.ignore_case else str
     needle = fold(request.query)
     for name, data in texts.items():
-        for number, line in enumerate(data.decode("utf-8", "replace").split("\n"), start=1):
+        for number, line in enumerate(_lines(data), start=1):
             if needle in fold(line):
                 yield {"file": name, "line": number, "text": line[:MAX_LINE_CHARACTERS]}
 
@@ -126,11 +138,15 @@ def _extract(request: Extract, texts: Mapping[str, bytes]) -> Iterator[object]:
     find = {"emails": find_emails, "urls": _find_urls, "numbers": _find_numbers, "headings": _find_headings}
     for name, data in texts.items():
         seen: set[str] = set()
-        for number, line in enumerate(data.decode("utf-8", "replace").split("\n"), start=1):
+        for number, line in enumerate(_lines(data), start=1):
             for item in find[request.kind](line):
                 if item not in seen:
                     seen.add(item)
                     yield {"file": name, "line": number, "value": item}
+
+
+def _lines(data: bytes) -> Iterator[str]:
+    return (line.removesuffix(b"\n").decode("utf-8", "replace") for line in io.BytesIO(data))
 
 
 def find_emails(line: str) -> Iterator[str]:

@@ -21,8 +21,13 @@ def test_bad_command_says_what_is_expected(data: bytes) -> None:
 def test_python_source_may_look_like_json() -> None:
     assert parse_source(b'{"a": 1}["a"]').code == '{"a": 1}["a"]'
     assert parse_source(b'{"code": "1"}').code == "1"
-    with pytest.raises(KnodeError):
-        parse_source(b"\xff\xfe")
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b'{"code":"\xff"}'])
+def test_source_that_is_no_utf_8_is_refused_by_name(data: bytes) -> None:
+    with pytest.raises(KnodeError) as caught:
+        parse_source(data)
+    assert caught.value.code is Code.AGENT_FAILED
 
 
 @given(st.binary(max_size=200))

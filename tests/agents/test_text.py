@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from knode.agents import text as text_module
 from knode.agents.limits import MAX_RESULT_BYTES
 from knode.agents.text import answer, count_text, find_emails, parse_request
 
@@ -55,6 +57,30 @@ def test_counts_agree_with_their_definitions(text: str) -> None:
         "lines": len(text.removesuffix("\n").split("\n")) if text else 0,
         "words": len(text.split()),
     }
+
+
+@given(st.binary(max_size=40) | st.text(st.sampled_from("a \n\u2003雪"), max_size=40).map(str.encode))
+def test_counts_are_the_same_in_pieces_of_any_size(data: bytes) -> None:
+    whole = count_text(data)
+    for size in (1, 2, 3, 7):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(text_module, "PIECE_BYTES", size)
+            assert count_text(data) == whole
+
+
+@pytest.mark.parametrize("end", [b"\n", b" "])
+@pytest.mark.parametrize(
+    "request_", [{"op": "count"}, {"op": "search", "query": "x"}, {"op": "extract", "kind": "headings"}]
+)
+def test_a_large_text_takes_little_more_memory_than_its_size(request_: object, end: bytes) -> None:
+    data = (b"ab" + end) * 500_000
+    tracemalloc.start()
+    try:
+        ask(request_, {"a.txt": data})
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 2 * len(data)
 
 
 @given(
@@ -163,3 +189,10 @@ def test_emails_have_one_at_sign_and_a_domain(line: str) -> None:
 def test_bad_request_says_what_is_expected(request_: object) -> None:
     with pytest.raises(ValueError, match="expected"):
         parse_request(msgspec.json.encode(request_))
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"a":' * 100_000, b'{"op":"count","text":"\xff"}', b'{"op":' + b"[" * 100_000]
+)
+def test_what_is_no_json_after_all_is_counted(data: bytes) -> None:
+    assert ask(data)["total"]["words"] == 1
