@@ -155,3 +155,10 @@ class KnodeError(Exception):
     def retryable(self) -> bool:
         """Whether asking again, unchanged, can help."""
         return TABLE[self.code].retryable
+
+
+class LocalError(KnodeError):
+    """An error whose words are for this machine alone, for they name its files.
+
+    Another node is told the code and what the table says of it.
+    """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from knode.agents.manifest import SIGNED_NAME, FileDigest, check_relative_path
-from knode.errors import Code, KnodeError
+from knode.errors import Code, KnodeError, LocalError
 from knode.world import Disk
 
 MAX_FILES = 1000
@@ -94,7 +94,7 @@ def verify_code(disk: Disk, folder: Path, files: Sequence[FileDigest]) -> None:
         try:
             data = disk.read(folder / file.path, limit_bytes=file.size)
         except KnodeError as error:
-            raise KnodeError(
+            raise LocalError(
                 Code.MANIFEST_INVALID,
                 f"{file.path} of its code cannot be read or has grown: {error.message}",
                 "install the agent again with 'knode agent install FOLDER'",

@@ -9,10 +9,9 @@ from typing import Annotated, TypeAlias
 
 from msgspec import Meta, Struct
 
-from knode.errors import Code, KnodeError
+from knode.errors import TABLE, Code, KnodeError, LocalError
 from knode.klp import limits
 
-U8 = Annotated[int, Meta(ge=0, le=0xFF)]
 U16 = Annotated[int, Meta(ge=0, le=0xFFFF)]
 U32 = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
 U64 = Annotated[int, Meta(ge=0)]  # MessagePack itself ends at 2^64 - 1
@@ -189,6 +188,8 @@ Answer: TypeAlias = Response | Failure
 
 def error_fields(error: KnodeError) -> tuple[str, str, str]:
     """Return code, message and next step of an error, cut to what travels."""
+    if isinstance(error, LocalError):
+        return error.code.value, TABLE[error.code].text, "that node's log has the details"
     return (
         error.code.value,
         _printable(error.message, limits.MAX_ERROR_MESSAGE),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
-from knode.errors import Code, KnodeError
+from knode.errors import Code, KnodeError, LocalError
 from knode.klp.answers import Answered, Answers, Fresh, Refused, Running
 from knode.klp.codec import encode
 from knode.klp.limits import MAX_BODY_BYTES
@@ -110,62 +111,73 @@ class Serving:
             conversation.refuse_stream(request.stream)
 
     async def _answer(self, peer: Peer, source: Source, work: Work) -> None:
-        answer: Answer | None = None
         try:
-            with work.scope:
-                answer = await self._run_method(peer, work)
+            answer = await self._outcome(peer, work)
         finally:
             del self._running[source]
             if work.stream is not None:
                 work.conversation.drop_stream(work.request.stream)
-        now = self._clock.monotonic()
-        if answer is None:
-            over = KnodeError(Code.EXPIRED, "its time was over")
-            unwanted = KnodeError(Code.CANCELLED, "cancelled")
-            answer = Failure.of(work.request.counter, over if now >= work.scope.deadline else unwanted)
-        self._answers.finish(*source, answer, now)
+        self._answers.finish(*source, answer, self._clock.monotonic())
         current = _reachable(peer, work)
         if current is not None:
             current.send_or_close(answer)
 
-    async def _run_method(self, peer: Peer, work: Work) -> Answer:
-        request, conversation = work.request, work.conversation
-        established = conversation.established
-
-        def progress(body: bytes) -> None:
-            current = _reachable(peer, work)
-            if current is not None:
-                correlation = request.counter.to_bytes(16, "big")
-                current.send_or_close(
-                    Event(PROGRESS_TOPIC, Context(correlation, b"", request.context.trace), body)
-                )
-
+    async def _outcome(self, peer: Peer, work: Work) -> Answer:
+        """Run the method until its end, its deadline or its cancellation; what it raises is its answer."""
+        request = work.request
         try:
-            if not established.ticket and not self._methods.before_sync(request.method):
-                await conversation.until_synchronised()
-            role = None if established.ticket else self._membership.roster.admit(peer.key.raw).role
-            method = self._methods.admitted(request.method, role)
-            body = method.decoder.decode(request.body)
-            call = Call(
-                peer.key,
-                established.session_id,
-                established.ticket,
-                request.context,
-                Monotonic(work.scope.deadline),
-                work.stream,
-                progress,
-            )
-            result = await method.handle(call, body)
-            answer = b"" if result is None else encode(result)
-            if len(answer) > MAX_BODY_BYTES:
-                raise KnodeError(Code.TOO_LARGE, f"an answer carries at most {MAX_BODY_BYTES // 1024} KiB")
-            return Response(request.counter, answer)
+            # All errors are caught outside the scope: what fails while it is cancelled raises both at once.
+            with work.scope:
+                return Response(request.counter, await self._run_method(peer, work))
+            if self._clock.monotonic() >= work.scope.deadline:
+                raise KnodeError(Code.EXPIRED, "its time was over")
+            raise KnodeError(Code.CANCELLED, "cancelled")
         except KnodeError as error:
+            if isinstance(error, LocalError):
+                self._log.warning(
+                    "a request failed here",
+                    method=request.method,
+                    peer=peer.node_id,
+                    code=error.code,
+                    why=str(error),
+                )
             return Failure.of(request.counter, error)
         except Exception:
             self._log.error("a method failed", method=request.method, peer=peer.node_id, exc_info=True)
             fault = KnodeError(Code.INTERNAL, "the node failed", "its log has the details: 'knode logs tail'")
             return Failure.of(request.counter, fault)
+
+    async def _run_method(self, peer: Peer, work: Work) -> bytes:
+        """Check that the caller may ask this, ask it, and return the encoded answer."""
+        request, established = work.request, work.conversation.established
+        if not established.ticket and not self._methods.before_sync(request.method):
+            await work.conversation.until_synchronised()
+        role = None if established.ticket else self._membership.roster.admit(peer.key.raw).role
+        method = self._methods.admitted(request.method, role)
+        body = method.decoder.decode(request.body)
+        call = Call(
+            peer.key,
+            established.session_id,
+            established.ticket,
+            request.context,
+            Monotonic(work.scope.deadline),
+            work.stream,
+            partial(_tell_progress, peer, work),
+        )
+        result = await method.handle(call, body)
+        answer = b"" if result is None else encode(result)
+        if len(answer) > MAX_BODY_BYTES:
+            raise KnodeError(Code.TOO_LARGE, f"an answer carries at most {MAX_BODY_BYTES // 1024} KiB")
+        return answer
+
+
+def _tell_progress(peer: Peer, work: Work, body: bytes) -> None:
+    current = _reachable(peer, work)
+    if current is not None:
+        correlation = work.request.counter.to_bytes(16, "big")
+        current.send_or_close(
+            Event(PROGRESS_TOPIC, Context(correlation, b"", work.request.context.trace), body)
+        )
 
 
 def _reachable(peer: Peer, work: Work) -> Conversation | None:

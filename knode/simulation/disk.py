@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from knode.errors import Code, KnodeError
+from knode.errors import Code, LocalError
 from knode.simulation.sqlite_vfs import VolumeVfs
 from knode.simulation.volume import Event, File, Snapshot, Truncate, Volume, Write
 from knode.world import Randomness
@@ -88,7 +88,7 @@ class SimulatedDisk:
         """Return a whole file."""
         content = self._file(path).content
         if len(content) > limit_bytes:
-            raise KnodeError(Code.TOO_LARGE, f"{path} is larger than {limit_bytes} bytes")
+            raise LocalError(Code.TOO_LARGE, f"{path} is larger than {limit_bytes} bytes")
         return bytes(content)
 
     def read_at(self, path: Path, offset: int, size: int) -> bytes:
@@ -135,7 +135,7 @@ class SimulatedDisk:
     def _file(self, path: Path) -> File:
         file = self._volume.files.get(str(path))
         if file is None:
-            raise KnodeError(Code.NOT_FOUND, f"there is no {path}", "check the path")
+            raise LocalError(Code.NOT_FOUND, f"there is no {path}", "check the path")
         return file
 
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import apsw
 import trio
 
-from knode.errors import Code, KnodeError
+from knode.errors import Code, KnodeError, LocalError
 from knode.world import World
 
 T = TypeVar("T")
@@ -212,22 +212,22 @@ def _named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except apsw.FullError as error:
-        raise KnodeError(
+        raise LocalError(
             Code.DISK_FULL, f"no space left for {path}", "free some space, then run the command again"
         ) from error
     except (apsw.ReadOnlyError, apsw.PermissionsError, apsw.CantOpenError) as error:
-        raise KnodeError(
+        raise LocalError(
             Code.DISK_READ_ONLY,
             f"{path} cannot be opened or written ({error})",
             "check its owner, its permissions and its folder",
         ) from error
     except (apsw.CorruptError, apsw.NotADBError, apsw.IOError) as error:
-        raise KnodeError(
+        raise LocalError(
             Code.HOME_DAMAGED,
             f"{path} is damaged or its disk fails ({error})",
             "check the disk, move the file aside, then restore it from a backup",
         ) from error
     except (apsw.BusyError, apsw.LockedError) as error:
-        raise KnodeError(
+        raise LocalError(
             Code.LOCKED, f"another process has {path} open", "stop it with 'knode down', then try again"
         ) from error

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import trio
 
-from knode.errors import Code, KnodeError
+from knode.errors import Code, LocalError
 from knode.world.clock import Monotonic, WallTime
 from knode.world.world import World
 
@@ -65,23 +65,23 @@ def named_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise KnodeError(Code.NOT_FOUND, f"there is no {path}", "check the path") from error
+        raise LocalError(Code.NOT_FOUND, f"there is no {path}", "check the path") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise KnodeError(
+            raise LocalError(
                 Code.DISK_FULL, f"no space left for {path}", "free some space, then run the command again"
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise KnodeError(
+            raise LocalError(
                 Code.DISK_READ_ONLY,
                 f"{path} cannot be read or written ({error.strerror})",
                 "check its owner and permissions, or choose another folder with --home",
             ) from error
         if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
-            raise KnodeError(
+            raise LocalError(
                 Code.INVALID_ARGUMENT, f"{path} cannot be used ({error.strerror})", "check the path"
             ) from error
-        raise KnodeError(
+        raise LocalError(
             Code.UNAVAILABLE, f"{path} cannot be read or written ({error.strerror})", "check the disk"
         ) from error
 
@@ -141,7 +141,7 @@ class RealDisk:
         with named_disk_errors(path), path.open("rb") as file:
             data = file.read(limit_bytes + 1)
         if len(data) > limit_bytes:
-            raise KnodeError(Code.TOO_LARGE, f"{path} is larger than {limit_bytes} bytes")
+            raise LocalError(Code.TOO_LARGE, f"{path} is larger than {limit_bytes} bytes")
         return data
 
     def read_at(self, path: Path, offset: int, size: int) -> bytes:

@@ -7,11 +7,12 @@ import pytest
 import trio
 from mesh_cell import Cell, MeshNode, Text, refused, until
 
-from knode.errors import Code, KnodeError
+from knode.errors import Code, KnodeError, LocalError
 from knode.klp import limits
 from knode.klp.codec import encode
 from knode.klp.messages import Cancel, Failure
 from knode.mesh import peer as peer_module
+from knode.mesh.methods import Call
 from knode.mesh.peer import LOST_GRACE_S
 from knode.mesh.serving import SERVED_A_PEER
 from knode.world import Monotonic
@@ -343,6 +344,43 @@ async def test_an_answer_of_a_former_boot_is_not_taken_for_one_of_this(cell: Cel
     b.release.set()
     assert await asking.ended() == "of this boot"
     assert heard == [b"begun"]
+
+
+async def test_a_method_that_fails_while_it_is_cancelled_does_not_end_the_node(cell: Cell) -> None:
+    a, b = await cell.nodes("a", "b")
+
+    async def stumble() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ZeroDivisionError("a bug in cleaning up")
+
+    async def fault(call: Call, body: Text) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stumble)
+            await trio.sleep_forever()
+
+    b.methods.add("test.stumble", Text, fault)
+    cancelled = Asking(cell, a, b, "test.stumble")
+    await trio.sleep(1)
+    cancelled.scope.cancel()
+    await refused(Code.TIMEOUT, a.ask, b, "test.stumble", within_s=1)
+    await trio.sleep(1)
+    assert b.log.events("error") == ["a method failed"] * 2
+    assert await a.ask(b, "test.echo", "lives") == "lives"
+
+
+async def test_the_words_of_a_local_error_stay_here(cell: Cell) -> None:
+    a, b = await cell.nodes("a", "b")
+
+    async def fail(call: Call, body: Text) -> None:
+        raise LocalError(Code.DISK_FULL, "no space left for /home/b/secret", "look into /home/b")
+
+    b.methods.add("test.full", Text, fail)
+    error = await refused(Code.DISK_FULL, a.ask, b, "test.full")
+    assert "/home/b" not in str(error)
+    [why] = [fields["why"] for _, event, fields in b.log.lines if event == "a request failed here"]
+    assert "/home/b/secret" in why
 
 
 async def test_only_the_roles_of_a_method_may_call_it(cell: Cell) -> None:

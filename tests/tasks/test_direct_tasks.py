@@ -337,6 +337,8 @@ async def test_full_disks_fail_the_task_by_name_and_leave_nothing(
     attic.disk.fill()
     task = await desk.settle("list", artifacts=files, on="attic")
     assert (task.state, code_of(task)) == (State.FAILED, Code.DISK_FULL)
+    assert str(attic.home.path) not in str(task.error)  # its log alone has that
+    assert any(str(attic.home.attempts) in line and "DISK_FULL" in line for line in attic.lines)
     assert attic.attempts == []
     attic.disk.free()
     assert (await desk.settle("list", artifacts=files, on="attic")).output == b"a"
