@@ -101,7 +101,9 @@ def parse_manifest(text: str) -> Manifest:
     try:
         fields = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise KnodeError(Code.MANIFEST_INVALID, f"{MANIFEST_NAME} is no TOML: {error}") from error
+        raise KnodeError(
+            Code.MANIFEST_INVALID, f"{MANIFEST_NAME} is no TOML: {error}", "see docs/guides/agents.md"
+        ) from error
     if isinstance(fields.get("entry"), str):
         fields["entry"] = [fields["entry"]]
     try:

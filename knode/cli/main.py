@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -19,8 +20,11 @@ def main() -> int:
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no daemon runs, 4 not allowed, 5 not found, 6 no node
     can run it, 130 interrupted. A reader of standard output that goes away ends the program quietly.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     # A name or path of odd bytes must not stop a command: it is shown with escapes.
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -31,6 +35,9 @@ def main() -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except OSError as error:
+        _discard_output()
+        return _unwritable(error)
     return code
 
 
@@ -49,6 +56,8 @@ def _run(words: list[str]) -> int:
     except (BrokenPipeError, KeyboardInterrupt):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise  # of standard output: whatever writes to a disk names its own
         traceback.print_exc()
         fault = KnodeError(Code.INTERNAL, f"a fault of knode itself ({type(error).__name__}: {error})")
         return report(fault, as_json=as_json)
@@ -76,6 +85,17 @@ def _invoke(session: object, words: list[str]) -> int:
     except typer.Abort as error:
         raise KeyboardInterrupt from error
     return code if isinstance(code, int) else EXIT_OK
+
+
+def _unwritable(error: OSError) -> int:
+    from knode.cli.session import report
+
+    full = KnodeError(
+        Code.DISK_FULL,
+        f"the answer could not be written to standard output: {error.strerror}",
+        "make room, or write it elsewhere; what the command did is done",
+    )
+    return report(full, as_json=False)
 
 
 def _discard_output() -> None:

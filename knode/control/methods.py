@@ -28,6 +28,8 @@ from knode.tasks.task import Task
 T = TypeVar("T")
 LOG_LINES_READ = 1000
 LOG_TAIL_BYTES = 1024 * 1024
+MEETING_S = 2.0
+"""How long a join waits to see the other members, so that its answer does not call the living failed."""
 AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\x00]*\Z")]
 """The daemon's own working folder is nobody's."""
 
@@ -179,6 +181,10 @@ class ControlMethods:
 
     async def _join(self, of: OfTicket, notify: Notify) -> Any:
         welcome = await self._node.join(parse_ticket(of.ticket), of.name)
+        with trio.move_on_after(MEETING_S):
+            for peer in self._node.peers.members():
+                while peer.conversation is None:
+                    await peer.changed.wait()
         roster = self._node.membership.roster
         return {
             "node_id": welcome.member.node_id,

@@ -328,7 +328,11 @@ class Membership:
                 Code.NOT_ALLOWED, "only the cell's owner revokes members", "run it where 'knode init' was run"
             )
         if member.key == self.key.public:
-            raise KnodeError(Code.NOT_ALLOWED, "the owner's own node cannot revoke itself")
+            raise KnodeError(
+                Code.NOT_ALLOWED,
+                "the owner's own node cannot revoke itself",
+                "'knode member list' shows the others",
+            )
         body = Revoke(
             self._owner_key.public.raw,
             roster.cell_id,

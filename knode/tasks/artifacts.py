@@ -72,6 +72,6 @@ def _checked_name(path: Path) -> str:
     except msgspec.ValidationError as error:
         raise KnodeError(
             Code.INVALID_ARGUMENT,
-            f"the name of {path} cannot travel ({error})",
+            f"the name of {str(path)!r} cannot travel",
             "rename it: at most 200 characters, none of them a control character",
         ) from error

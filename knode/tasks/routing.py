@@ -43,7 +43,7 @@ def obstacle(candidate: Candidate, agent: str) -> tuple[Code, str] | None:
     if candidate.state is not PeerState.ALIVE:
         return Code.UNAVAILABLE, f"it is {candidate.state}"
     if agent not in candidate.agents:
-        return Code.NO_AGENT, "it does not have the agent"
+        return Code.NO_AGENT, "it has no such agent running"
     return None
 
 

@@ -71,7 +71,9 @@ class Testnet:
                 all see each other within 60 seconds, or what a command of a node raised.
         """
         if not 1 <= nodes <= MAX_NODES:
-            raise KnodeError(Code.INVALID_ARGUMENT, f"a testnet has 1 to {MAX_NODES} nodes, not {nodes}")
+            raise KnodeError(
+                Code.INVALID_ARGUMENT, f"a testnet has 1 to {MAX_NODES} nodes, not {nodes}", "give --nodes 3"
+            )
         folder = folder.resolve()
         made_folder = _claim(folder)
         command_line = CommandLine()

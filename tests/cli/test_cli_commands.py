@@ -12,6 +12,7 @@ import pytest
 from knode.cli.commands.tasks import INPUT_LIMIT_BYTES
 from knode.errors import Code, KnodeError
 from knode.home.layout import Home
+from knode.mesh.roster import Role
 
 TASK = {
     "id": "01TASK",
@@ -189,6 +190,28 @@ def test_wait_shows_progress_on_stderr_and_the_raw_result_on_stdout(knode: Any, 
     assert (run.code, run.out, run.err) == (0, "three words\n", "pi:  50 % reading\n")
     assert last_params(daemon)["wait"] is True
     assert knode("task", "submit", "a", "--wait", "--quiet").err == ""
+    daemon.results["task.submit"] = {**TASK, "result": "three words\n"}
+    assert knode("task", "submit", "a", "--direct", "--wait").out == "three words\n"
+
+
+def test_a_file_that_is_a_link_goes_by_the_name_that_was_given(
+    knode: Any, daemon: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "link").symlink_to("file")
+    daemon.results["task.submit"] = TASK
+    assert knode("task", "submit", "a", "--direct", "--artifact", str(tmp_path / "link")).code == 0
+    assert last_params(daemon)["artifacts"] == [str(tmp_path / "link")]
+
+
+@pytest.mark.parametrize("words", [["member", "role", "pi", "king"], ["invite", "--role", "king"]])
+def test_a_role_that_is_none_is_answered_with_those_that_are(
+    knode: Any, daemon: Any, words: list[str]
+) -> None:
+    run = knode(*words)
+    assert (run.code, daemon.asked) == (2, [])
+    assert "king" in run.err
+    assert all(f"'{role.value}'" in run.err for role in Role)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +325,18 @@ def test_a_reader_that_goes_away_is_no_noise(process: Any, daemon: Any) -> None:
         assert run.wait(60) == 1
 
 
+def test_a_ticket_of_odd_bytes_is_a_wrong_one(process: Any, tmp_path: Path) -> None:
+    file = tmp_path / "ticket"
+    file.write_bytes(b"knode-\xff")
+    with (
+        file.open() as ticket,
+        process("join", "-", stdin=ticket, environment={"PYTHONIOENCODING": "utf-8:strict"}) as run,
+    ):
+        out, err = run.communicate(timeout=60)
+    assert (run.returncode, out) == (2, "")
+    assert "Traceback" not in err
+
+
 def test_a_wrong_ticket_makes_no_home(knode: Any, home: Home) -> None:
     run = knode("join", "not-a-ticket", "--json")
     assert (run.code, json.loads(run.out)["error"]["code"]) == (2, "INVALID_ARGUMENT")
@@ -356,6 +391,30 @@ def test_the_help_is_plain_where_nobody_looks_and_names_every_command() -> None:
     ):
         assert f"│ {name} " in run.stdout
     assert "\x1b" not in run.stdout
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_change_nothing_but_what_is_seen(home: Home, closed: str) -> None:
+    command = f'exec {sys.executable} -m knode --home "{home.path}" config set log.level debug {closed}'
+    run = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in run.stderr
+    assert (run.returncode, run.stdout) == (5, "")
+    ask = f'exec {sys.executable} -m knode --home "{home.path}" config list {closed}'
+    assert subprocess.run(["/bin/sh", "-c", ask], capture_output=True, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("words", [["config", "list"], ["config", "list", "--json"], ["status", "--json"]])
+def test_an_answer_that_finds_no_room_is_told_on_standard_error(home: Home, words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "knode", "--home", str(home.path), *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert run.returncode == 1
+    assert [line.partition(":")[0] for line in run.stderr.splitlines()] == ["error", "next"]
 
 
 def test_starting_the_command_line_imports_nothing_heavy() -> None:

@@ -153,6 +153,9 @@ async def test_an_invitation_is_waited_for_and_both_sides_tell_the_same_words(
         joined = await Daemon(attic).call("join", ticket=invitation["ticket"])
     assert arrived == [{"id": joined["node_id"], "name": "attic", "words": joined["words"]}]
     assert len(joined["words"]) == 4
+    assert {member["name"]: member["state"] for member in joined["members"]} == dict.fromkeys(
+        ("desk", "attic"), "alive"
+    )
     words = {member["name"]: member["words"] for member in await daemon.call("member.list")}
     assert words == {"desk": None, "attic": joined["words"]}
     await Daemon(attic).refused(Code.HOME_EXISTS, "join", ticket=invitation["ticket"])
@@ -165,6 +168,22 @@ async def test_waiting_for_an_invitation_ends_with_the_ticket(autojump_clock: Mo
     await daemon.refused(Code.TICKET_EXPIRED, "invite.wait", ticket=ticket)
     assert trio.current_time() - begun == pytest.approx(600, abs=1)
     await daemon.refused(Code.INVALID_ARGUMENT, "invite.wait", ticket="garbage")
+
+
+async def test_who_has_joined_sees_at_once_who_is_here(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, shed = await cell.add("desk"), await cell.add("shed")
+    cellar = await cell.add("cellar")
+    await cell.stop(cellar)
+    attic = cell._make("attic", {})
+    cell.hosts["attic"] = attic
+    await cell.start(attic)
+    ticket = (await Daemon(desk).call("invite"))["ticket"]
+    begun = trio.current_time()
+    joined = await Daemon(attic).call("join", ticket=ticket)
+    states = {member["name"]: member["state"] for member in joined["members"]}
+    assert states == {"attic": "alive", "cellar": "failed", "desk": "alive", "shed": "alive"}
+    assert trio.current_time() - begun < 3
+    assert shed.node.membership.roster.members.keys() == desk.node.membership.roster.members.keys()
 
 
 async def test_two_joins_at_once_are_one(autojump_clock: MockClock, cell: Cell) -> None:

@@ -101,8 +101,8 @@ def test_nobody_can_run_it_says_why_for_each_and_for_eight_at_most() -> None:
     with pytest.raises(KnodeError) as caught:
         choose(among, AGENT)
     assert caught.value.code is Code.NO_ELIGIBLE_NODE
-    assert "a: its role is voter, b: it is suspect, c: it does not have the agent" in str(caught.value)
-    assert str(caught.value).count("does not have the agent") == 6
+    assert "a: its role is voter, b: it is suspect, c: it has no such agent running" in str(caught.value)
+    assert str(caught.value).count("it has no such agent running") == 6
     with pytest.raises(KnodeError, match="there is none"):
         choose([], AGENT)
 

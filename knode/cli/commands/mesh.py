@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from knode.home.layout import Home
 
 Node = Annotated[str, typer.Argument(help="A node's name, its id, or the beginning of its id.")]
-Role = Annotated[str, typer.Option(help="admin, worker, voter or observer.")]
+RoleName = Literal["admin", "worker", "voter", "observer"]
 
 peer = typer.Typer(help="The nodes that this one talks to.")
 member = typer.Typer(help="The members of the cell and their roles.")
@@ -27,7 +27,7 @@ member = typer.Typer(help="The members of the cell and their roles.")
 
 def invite(
     context: typer.Context,
-    role: Role = "worker",
+    role: Annotated[RoleName, typer.Option(help="What it may do.")] = "worker",
     wait: Annotated[
         bool | None,
         typer.Option("--wait/--no-wait", help="Wait for the new member; at a terminal unless told."),
@@ -124,7 +124,7 @@ def list_members(context: typer.Context) -> None:
 def change_role(
     context: typer.Context,
     node: Node,
-    role: Annotated[str, typer.Argument(help="admin, worker, voter or observer.")],
+    role: Annotated[RoleName, typer.Argument(help="What it may do from now on.")],
 ) -> None:
     """Give a member another role."""
     session = session_of(context)

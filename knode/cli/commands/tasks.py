@@ -57,7 +57,11 @@ def submit_task(
     }
     if on is not None:
         params["on"] = on
-    submitted = session.call("task.submit", params, lambda step: session.note(render.progress(step)))
+    try:
+        submitted = session.call("task.submit", params, lambda step: session.note(render.progress(step)))
+    except KeyboardInterrupt:
+        session.note("interrupted: a task that was waited for is cancelled")
+        raise
     if not wait:
         session.show(submitted, lambda new: render.printable(new["id"]))
         return
@@ -140,7 +144,7 @@ def _artifact(path: Path) -> str:
         raise _unreadable(path, "it is not a file")
     if not os.access(path, os.R_OK):
         raise _unreadable(path, "it may not be read")
-    return str(path.resolve())
+    return os.path.abspath(path)  # not resolved: a link's own name is the one that was given
 
 
 def _unreadable(path: Path, reason: str | None) -> KnodeError:
@@ -152,7 +156,7 @@ def _result(document: dict[str, Any]) -> str:
     result = document["result"]
     if result is None:
         return ""
-    text = render.value(result)
+    text = render.value(result).removesuffix("\n")  # what prints it ends the line
     return render.printable(text) if sys.stdout.isatty() else text
 
 
