@@ -1,9 +1,9 @@
 """While a simulation runs, the real world is out of bounds: whoever reaches for it is named.
 
-Two nets. Clocks, randomness and trio's threads are Python functions: they are replaced, in their own
-module and wherever knode has imported them by name. Files, sockets, threads and processes go through
-the interpreter's audit hook, which sees them whatever way they were reached. Python offers no way to
-take a hook out again, so it stays, deaf.
+Two nets. Clocks, randomness, trio's threads and questions about files are Python functions: they are
+replaced, in their own module and wherever knode has imported them by name. Opened files, sockets,
+threads and processes go through the interpreter's audit hook, which sees them whatever way they were
+reached. Python offers no way to take a hook out again, so it stays, deaf.
 
 What none of them sees: an unseeded `random.Random()`, and what C extensions do by themselves.
 """
@@ -28,27 +28,14 @@ import trio
 
 PACKAGE = Path(__file__).parents[1]
 
-_CLOCKS: tuple[str, ...] = (
-    "time",
-    "time_ns",
-    "monotonic",
-    "monotonic_ns",
-    "clock_gettime",
-    "clock_gettime_ns",
-    "sleep",
+_CLOCKS = (
+    *("time", "time_ns", "monotonic", "monotonic_ns", "clock_gettime", "clock_gettime_ns", "sleep"),
+    *("process_time", "process_time_ns", "thread_time", "thread_time_ns"),
+    *("localtime", "gmtime", "ctime", "asctime", "strftime"),
 )
-_DICE: tuple[str, ...] = (
-    "random",
-    "randint",
-    "randrange",
-    "uniform",
-    "choice",
-    "choices",
-    "shuffle",
-    "sample",
-    "randbytes",
-)
-_DICE += ("getrandbits", "gauss", "expovariate", "seed")
+_DICE = tuple(name for name in random.__all__ if name.islower())  # the functions; its classes are seeded
+_QUESTIONS = ("stat", "lstat", "access", "statvfs")
+"""What `os` tells about a file without opening it; the audit hook does not hear these."""
 _FUNCTIONS: list[tuple[Any, str]] = [
     *((time, name) for name in _CLOCKS),
     *((random, name) for name in _DICE),
@@ -75,7 +62,7 @@ class TouchedRealWorld(Exception):
 def guard() -> Iterator[None]:
     """Let every touch of the real world by this thread raise, and fail even when that was swallowed.
 
-    Allowed are `time.perf_counter`, which trio asks, and reading what is part of Python's installation
+    Allowed are `time.perf_counter`, which trio asks, and looking at what is part of Python's installation
     or of knode. Afterwards everything is as it was.
 
     Raises:
@@ -86,6 +73,8 @@ def guard() -> Iterator[None]:
         for holder, name in _FUNCTIONS:
             label = f"{getattr(holder, '__name__', holder)}.{name}"
             _replace(undo, holder, name, watch.refusing(label, getattr(holder, name)))
+        for name in _QUESTIONS:
+            _replace(undo, os, name, watch.refusing(f"os.{name}", getattr(os, name), _is_about_ours))
         _replace(undo, datetime, "datetime", _guarded_datetime(watch))
         _replace(undo, datetime, "date", _guarded_date(watch))
         _Hook.listen(undo, watch)
@@ -116,11 +105,13 @@ class _Watch:
         self.touches.append(f"{what} at {_line_of_caller()}")
         raise TouchedRealWorld(self.touches[-1])
 
-    def refusing(self, label: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what stands in for `real`."""
+    def refusing(
+        self, label: str, real: Callable[..., Any], unless: Callable[..., bool] = lambda *arguments: False
+    ) -> Callable[..., Any]:
+        """Return what stands in for `real`; a call with arguments that pass `unless` is let through."""
 
         def refuse(*arguments: Any, **named: Any) -> Any:
-            if self.is_ours:
+            if self.is_ours and not unless(*arguments):
                 self.touch(label)
             return real(*arguments, **named)
 
@@ -204,6 +195,10 @@ def _is_allowed(path: Any, flags: int) -> bool:
     if isinstance(path, int):
         return True
     return not flags & _WRITES and os.fsdecode(path).startswith(_readable())
+
+
+def _is_about_ours(*arguments: Any) -> bool:
+    return bool(arguments) and _is_allowed(arguments[0], os.O_RDONLY)
 
 
 def _is_importing() -> bool:
