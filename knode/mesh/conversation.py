@@ -110,6 +110,7 @@ class Conversation:
         self._stop = trio.CancelScope()
         self._sending = False
         self._was_synchronised = False
+        self._bytes_read = link.statistics.bytes_read
         self._heard_ping: tuple[int, float] = (0, 0.0)
 
     @property
@@ -253,7 +254,7 @@ class Conversation:
                 frame = await self.link.receive_frame()
                 self._admit(self.established)
                 received = self.session.receive(frame)
-                self.liveness.heard(self._clock.monotonic())
+                self._heard(self._clock.monotonic())
                 for item in received:
                     self._take(item)
                 if self.session.has_output:
@@ -315,6 +316,8 @@ class Conversation:
         while True:
             now = self._clock.monotonic()
             self.liveness.tick(now)
+            if self.link.statistics.bytes_read != self._bytes_read:
+                self._heard(now)  # a part of a frame, which may take longer than a silence may
             if self.liveness.state(now) is PeerState.FAILED:
                 self.close(f"nothing heard for {self.liveness.dead_after_s:g} s")
             if self.retired_at is not None and (not self._held or now - self.retired_at > RETIRED_AT_MOST_S):
@@ -324,6 +327,10 @@ class Conversation:
             self.send_or_close(Keepalive(max(1, round(now * 1e6)), echo, held, self._load()))
             # Woken when the peer will have failed, so that this is not noticed a whole tick later.
             await trio.sleep_until(min(now + self.liveness.tick_s, self.liveness.fails_at))
+
+    def _heard(self, now: float) -> None:
+        self._bytes_read = self.link.statistics.bytes_read
+        self.liveness.heard(now)
 
     def _consumed(self, stream: int, count: int) -> None:
         if self.open:

@@ -26,6 +26,9 @@ class LinkStatistics:
     frames_received: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
+    bytes_read: int = 0
+    """All that came from the other end, with the carrier's framing and frames that are not whole yet:
+    a sign of life while a large frame crawls over a slow link."""
 
 
 class Link(Protocol):
@@ -95,7 +98,7 @@ class Listener(Protocol):
 
     @property
     def addresses(self) -> list[str]:
-        """The addresses that others can dial, as `host:port`, `[v6]:port`."""
+        """The addresses that others can dial now, as `host:port`, `[v6]:port`."""
         ...
 
     async def serve(self, accept: Accept) -> None:

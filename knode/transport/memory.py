@@ -116,6 +116,7 @@ class MemoryLink:
         self.peer.wake()
         self.statistics.frames_received += 1
         self.statistics.bytes_received += len(frame)
+        self.statistics.bytes_read += len(frame)
         return frame
 
     async def aclose(self) -> None:

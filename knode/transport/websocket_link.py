@@ -146,6 +146,7 @@ class WebSocketLink:
             self._drop(f"the connection broke ({error})")
             return
         for piece in pieces:
+            self.statistics.bytes_read += len(piece)
             self._protocol.receive_data(piece)
         if not pieces:
             self._protocol.receive_eof()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+import mesh_cell
 import msgspec
 import pytest
 import trio
@@ -244,3 +247,52 @@ async def test_an_edited_frame_is_noticed(
 
     await refused(Code.BAD_SIGNATURE, speak)
     assert a.ran == []
+
+
+class SlowRelay:
+    """Passes bytes on, to the target no faster than `RATE` bytes a second."""
+
+    RATE = 160_000
+    STEP_S = 0.05
+
+    def __init__(self, target: MeshNode) -> None:
+        self._port = int(target.address.rpartition(":")[2])
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        [listener] = await nursery.start(partial(trio.serve_tcp, self._pass_on, 0, host="127.0.0.1"))
+        self.address = f"127.0.0.1:{listener.socket.getsockname()[1]}"
+
+    async def _pass_on(self, near: trio.SocketStream) -> None:
+        far = await trio.open_tcp_stream("127.0.0.1", self._port)
+        async with near, far, trio.open_nursery() as nursery:
+            nursery.start_soon(self._pump, far, near, 0)
+            await self._pump(near, far, self.STEP_S)
+            nursery.cancel_scope.cancel()
+
+    async def _pump(self, source: trio.SocketStream, target: trio.SocketStream, pause_s: float) -> None:
+        with suppress(trio.BrokenResourceError):
+            while data := await source.receive_some(int(self.RATE * self.STEP_S)):
+                await target.send_all(data)
+                await trio.sleep(pause_s)
+
+
+async def test_a_large_message_on_a_slow_link_is_a_sign_of_life(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, certificate: Path, nursery: trio.Nursery
+) -> None:
+    monkeypatch.setattr(mesh_cell, "KEEPALIVE_S", 0.25)
+    monkeypatch.setattr(mesh_cell, "DEAD_AFTER_S", 0.75)
+    carrier = {"websocket": WebSocketCarrier(certificate, RecordingLog())}
+    a, b = (MeshNode(name, tmp_path, carrier, host="127.0.0.1") for name in ("a", "b"))
+    await a.found()
+    await a.start(nursery)
+    await b.start(nursery)
+    relay = SlowRelay(a)
+    await relay.start(nursery)
+    await a.tell_contact(relay.address)
+    await b.joining.join(await a.invite(), "b", b.contact("127.0.0.1:1"))
+    await b.connected(a)
+    await a.connected(b)
+    before = a.conversation(b)
+    text = "x" * 250_000  # more than one and a half seconds of that link
+    assert await b.ask(a, "test.echo", text) == text
+    assert a.conversation(b) is before
