@@ -13,6 +13,7 @@ from knode.klp.frames import refusal
 from knode.klp.handshake import Established, Initiator, Introduction, Responder
 from knode.mesh.membership import Membership
 from knode.transport import Link, LinkClosed
+from knode.transport.strangers import StrangerLines
 from knode.world import Log, World
 
 HANDSHAKE_S = 10.0
@@ -22,7 +23,10 @@ NO_ROSTER = bytes(32)
 
 
 class Handshakes:
-    """Both ends of a node's handshakes. A link whose handshake fails is told why, and closed."""
+    """Both ends of a node's handshakes. A link whose handshake fails is told why, and closed.
+
+    Every refusal is counted; of those with one host a line a minute is logged.
+    """
 
     def __init__(self, world: World, key: KeyPair, boot: bytes, membership: Membership, log: Log) -> None:
         self.refusals: Counter[str] = Counter()
@@ -32,6 +36,7 @@ class Handshakes:
         self._boot = boot
         self._membership = membership
         self._log = log
+        self._lines = StrangerLines()
         self._answering: dict[trio.CancelScope, None] = {}
 
     async def with_member(self, link: Link, peer: PublicKey) -> Established:
@@ -86,7 +91,11 @@ class Handshakes:
             await link.aclose()
             raise
         self.refusals[error.code] += 1
-        self._log.warning("handshake refused", code=error.code, why=str(error), address=address)
+        left_out = self._lines.admit(address, trio.current_time())
+        if left_out is not None:
+            self._log.warning(
+                "handshake refused", code=error.code, why=str(error), address=address, left_out=left_out
+            )
         await close_saying(link, error)
         raise error
 

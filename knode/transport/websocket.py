@@ -29,6 +29,7 @@ from knode.transport.address import join_address, split_address
 from knode.transport.certificate import certificate_of, channel_binding, client_context, server_context
 from knode.transport.interfaces import interface_addresses
 from knode.transport.link import MAX_FRAME_BYTES, Accept, LinkClosed
+from knode.transport.strangers import StrangerLines
 from knode.transport.tls import TlsStream
 from knode.transport.websocket_link import WebSocketLink, send_queued
 from knode.world import Log
@@ -140,9 +141,17 @@ class WebSocketListener:
         self._context = context
         self._binding = binding
         self._log = log
+        self._lines = StrangerLines()
         self._accepting = trio.CancelScope()
         self._openings: dict[trio.CancelScope, None] = {}
-        self.addresses = _dialable(bound)
+        self._addresses = _dialable(bound)
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses that others can dial now: a machine may move to another network."""
+        with suppress(OSError):  # closed, or no descriptor left to ask the system with: as they were
+            self._addresses = _dialable(self._listening.socket)
+        return self._addresses
 
     async def serve(self, accept: Accept) -> None:
         """Accept links; see `Listener.serve`. After `aclose`, returns when the last link is done."""
@@ -194,7 +203,9 @@ class WebSocketListener:
                 stream.close()
         if link is None:
             self.dropped += 1
-            self._log.info("link opening dropped", remote=remote, reason=why, dropped=self.dropped)
+            left_out = self._lines.admit(remote, trio.current_time())
+            if left_out is not None:
+                self._log.info("link opening dropped", remote=remote, reason=why, left_out=left_out)
         return link
 
 
@@ -285,7 +296,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return socket.create_server((host or "0.0.0.0", port), family=family, backlog=_BACKLOG)
 
 
-def _dialable(bound: socket.socket) -> list[str]:
+def _dialable(bound: socket.socket | trio.socket.SocketType) -> list[str]:
     host, port = bound.getsockname()[:2]
     match host:
         case "0.0.0.0":

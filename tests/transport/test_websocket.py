@@ -19,7 +19,7 @@ from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
 from knode.errors import Code, KnodeError
-from knode.transport import MAX_FRAME_BYTES, Link, LinkClosed
+from knode.transport import MAX_FRAME_BYTES, Link, LinkClosed, websocket
 from knode.transport.certificate import client_context, server_context
 from knode.transport.websocket import (
     OPENING_BYTES,
@@ -520,3 +520,24 @@ async def test_every_address_that_a_listener_names_can_be_dialled(certificate: P
             assert link.remote_address == address
             await link.aclose()
         nursery.cancel_scope.cancel()
+
+
+async def test_the_addresses_to_dial_are_those_that_the_machine_has_now(
+    monkeypatch: pytest.MonkeyPatch, certificate: Path
+) -> None:
+    carrier = WebSocketCarrier(certificate, SilentLog())
+    listener = await carrier.listen("0.0.0.0", 0)
+    port = listener.addresses[0].rpartition(":")[2]
+
+    def moved(*, versions: frozenset[int]) -> list[str]:
+        return ["198.51.100.7"]
+
+    def out_of_descriptors(*, versions: frozenset[int]) -> list[str]:
+        raise OSError(24, "too many open files")
+
+    monkeypatch.setattr(websocket, "interface_addresses", moved)
+    assert listener.addresses == [f"198.51.100.7:{port}"]
+    monkeypatch.setattr(websocket, "interface_addresses", out_of_descriptors)
+    assert listener.addresses == [f"198.51.100.7:{port}"]
+    await listener.aclose()
+    assert listener.addresses == [f"198.51.100.7:{port}"]
