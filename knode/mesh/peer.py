@@ -96,6 +96,11 @@ class Peer:
         return PeerState.SUSPECT if now < self._heard_at + self._dead_after_s else PeerState.FAILED
 
     @property
+    def shuts_out(self) -> bool:
+        """Whether it does not take this node for a member, as far as is known."""
+        return self.refusal is not None and self.refusal.code in (Code.KEY_REVOKED, Code.UNKNOWN_PEER)
+
+    @property
     def load(self) -> Load | None:
         """What it last said of its load; None while it is not here."""
         return self.conversation.peer_load if self.conversation is not None else None

@@ -26,6 +26,8 @@ CONVERSATIONS_AT_ONCE = 512
 CONVERSATIONS_A_PEER = 4
 BACKOFF_FIRST_S = 0.2
 BACKOFF_LONGEST_S = 15.0
+BACKOFF_SHUT_OUT_S = 300.0
+"""Between dials of a node that does not know this one as a member: more dials would not change that."""
 STEADY_S = 5.0
 """A conversation that lasted so long was a good one: the next dial does not back off any further."""
 HEAD_START_S = 0.3
@@ -232,7 +234,8 @@ class Peers:
                     backoff_s = BACKOFF_FIRST_S
                 with trio.move_on_after(backoff_s * self._world.randomness.uniform(0.5, 1.5)):
                     await learned.wait()
-                backoff_s = min(BACKOFF_LONGEST_S, backoff_s * 2)
+                longest_s = BACKOFF_SHUT_OUT_S if peer.shuts_out else BACKOFF_LONGEST_S
+                backoff_s = min(longest_s, backoff_s * 2)
         finally:
             del self._dialling[peer.key.raw]
             self._forget_stranger(peer)

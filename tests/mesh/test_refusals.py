@@ -261,3 +261,24 @@ async def test_only_what_both_ends_share_is_told_in_a_refusal(cell: Cell) -> Non
     told = f"{caught.value.message} {caught.value.next_step}"
     for secret in (a.key.node_id, b.key.node_id, a.membership.roster.cell_id.hex(), a.member(b).name + "\n"):
         assert secret not in told
+
+
+async def test_who_is_refused_again_and_again_does_not_set_the_logs_pace(cell: Cell) -> None:
+    a = await cell.node("a", founder=True)
+    for _ in range(40):
+        await refused(Code.UNKNOWN_PEER, cell.stranger(key_of("stranger")).shake_hands, a)
+    assert a.log.events("warning") == ["handshake refused"]
+    assert a.peers.refusals == {Code.UNKNOWN_PEER: 40}
+    await trio.sleep(61)
+    await refused(Code.UNKNOWN_PEER, cell.stranger(key_of("stranger")).shake_hands, a)
+    assert a.log.lines[-1][2]["left_out"] == 39
+
+
+async def test_a_revoked_node_soon_dials_seldom(cell: Cell) -> None:
+    a, b = await cell.nodes("a", "b")
+    await a.membership.revoke(a.member(b))
+    await trio.sleep(600)
+    early = a.peers.refusals[Code.KEY_REVOKED]
+    assert 5 < early < 20
+    await trio.sleep(6000)
+    assert a.peers.refusals[Code.KEY_REVOKED] - early < 45
