@@ -72,7 +72,8 @@ class Joining:
     async def join(self, ticket: Ticket, name: str, contact: SignedContact) -> Welcome:
         """Join the cell of `ticket`, trying its addresses in turn.
 
-        When it fails nothing has changed here, and the ticket can be used again if it was not.
+        When it fails nothing has changed here, and this node may use the ticket again: an inviter that
+        took it in and could not say so says it then.
 
         Raises:
             KnodeError: UNAVAILABLE when no address answers; TICKET_INVALID, TICKET_USED, TICKET_EXPIRED,
@@ -82,18 +83,19 @@ class Joining:
             raise KnodeError(
                 Code.HOME_EXISTS, "this node belongs to a cell already", "use another folder: '--home PATH'"
             )
-        unreachable: list[str] = []
+        failed: list[str] = []
         for address in ticket.addresses:
             try:
                 return await self._join_at(address, ticket, name, contact)
             except KnodeError as error:
                 if error.code is not Code.UNAVAILABLE:
                     raise
-                unreachable.append(f"{address} ({error.message})")
+                failed.append(f"at {address}: {error.message}")
         raise KnodeError(
             Code.UNAVAILABLE,
-            f"the inviter cannot be reached: {'; '.join(unreachable)}",
-            "check that it is up ('knode status' there) and that both machines share a network",
+            f"the inviter did not answer ({'; '.join(failed)})",
+            "check that it is up ('knode status' there) and that both machines share a network; "
+            "then join again, with the same ticket",
         )
 
     async def _join_at(self, address: str, ticket: Ticket, name: str, contact: SignedContact) -> Welcome:
@@ -105,8 +107,8 @@ class Joining:
             answer = await inviter.request("roster.join", Join(name, contact.data), deadline=deadline)
         except KnodeError as error:
             if error.code in (Code.UNKNOWN, Code.TIMEOUT):
-                # Asking again is safe: whoever has used this ticket may show it again.
-                raise KnodeError(Code.UNAVAILABLE, f"joining was cut off: {error.message}") from error
+                # Not UNKNOWN: whoever has used this ticket may show it again, so asking again is safe.
+                raise KnodeError(Code.UNAVAILABLE, "joining was cut off") from error
             raise
         finally:
             conversation.close("joined")

@@ -78,6 +78,8 @@ async def test_a_join_that_is_cut_off_changes_nothing_here_and_is_repeated(cell:
     a.membership.changed.append(cut_off)
     error = await refused(Code.UNAVAILABLE, b.join, ticket)
     assert "cut off" in error.message
+    assert "nobody can say" not in error.message
+    assert "same ticket" in error.next_step
     assert not b.membership.in_cell
     assert b.key.public.raw in a.membership.roster.members
     a.membership.changed.remove(cut_off)
