@@ -10,6 +10,7 @@ import msgspec
 
 from knode.errors import Code, KnodeError
 from knode.transport.memory import MemorySettings
+from knode.world.real import RealDisk
 
 FOLDER = Path(__file__).parent / "scenarios"
 """The scenarios that come with knode."""
@@ -147,7 +148,8 @@ def load(name: str) -> Scenario:
     """Return a scenario by its name, or read from a file when the name ends in `.toml`.
 
     Raises:
-        KnodeError: NOT_FOUND, naming the scenarios that there are; INVALID_ARGUMENT for a file that is none.
+        KnodeError: NOT_FOUND, naming the scenarios that there are; INVALID_ARGUMENT for a file that is none,
+            TOO_LARGE over 64 KiB, or the disk's errors.
     """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file() or (path.parent == FOLDER and path.stem not in names()):
@@ -157,10 +159,10 @@ def load(name: str) -> Scenario:
             f"choose one of {', '.join(names())}, or give a file that ends in .toml",
         )
     try:
-        with path.open("rb") as file:
-            scenario = msgspec.convert(tomllib.loads(file.read(LIMIT_BYTES).decode()), Scenario)
+        text = RealDisk().read(path, limit_bytes=LIMIT_BYTES).decode()
+        scenario = msgspec.convert(tomllib.loads(text), Scenario)
         scenario.network.settings()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KnodeError(
             Code.INVALID_ARGUMENT, f"{path.name} is no scenario ({error})", "see docs/guides/simulation.md"
         ) from error

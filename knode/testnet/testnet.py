@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -106,9 +107,7 @@ class Testnet:
         file = folder / STATE_FILE
         try:
             rows = json.loads(file.read_text())["nodes"]
-            nodes = tuple(
-                TestnetNode(row["name"], folder / row["name"], row["node_id"], row["port"]) for row in rows
-            )
+            nodes = tuple(_node_of(folder, row) for row in rows)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise KnodeError(
                 Code.NOT_FOUND,
@@ -206,6 +205,13 @@ class Testnet:
                         f"after {SEEN_TIMEOUT_S:.0f} s",
                     )
                 time.sleep(_POLL_S)
+
+
+def _node_of(folder: Path, row: dict[str, Any]) -> TestnetNode:
+    """Return what a row of the testnet's file says; its home is below the folder, since `down` removes it."""
+    if re.fullmatch("node[0-9]+", row["name"]) is None:
+        raise ValueError(f"{row['name']!r} is no name of a node")
+    return TestnetNode(row["name"], folder / row["name"], row["node_id"], row["port"])
 
 
 def _claim(folder: Path) -> bool:

@@ -148,6 +148,7 @@ def test_an_unknown_scenario_names_those_there_are() -> None:
         IDLE.format(lasts_s=1).replace("finally", "never"),
         "no TOML",
         "\x00",
+        "a = " + "[" * 30_000,
     ],
 )
 def test_a_file_that_is_no_scenario_is_refused(tmp_path: Path, text: str) -> None:
@@ -156,6 +157,14 @@ def test_a_file_that_is_no_scenario_is_refused(tmp_path: Path, text: str) -> Non
     with pytest.raises(KnodeError) as caught:
         simulate(seed=1, nodes=2, scenario=str(path))
     assert caught.value.code is Code.INVALID_ARGUMENT
+
+
+def test_a_scenario_is_read_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "long.toml"
+    path.write_text(IDLE.format(lasts_s=1) + "#" * 64 * 1024 + '\n[[faults]]\nkind = "unknown"\n')
+    with pytest.raises(KnodeError) as caught:
+        simulate(seed=1, nodes=2, scenario=str(path))
+    assert caught.value.code is Code.TOO_LARGE
 
 
 def test_a_broken_promise_exits_with_one_and_says_how_to_see_it_again(

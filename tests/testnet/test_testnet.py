@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+from real_processes import PATIENCE_S, Process, kill_daemons, until
 
 from knode.control.client import Client
 from knode.errors import Code, KnodeError
@@ -19,16 +19,6 @@ from knode.home.layout import Home
 from knode.mesh.ticket import parse_ticket
 from knode.testnet import Testnet
 from knode.testnet.processes import daemons_of
-
-WAIT_S = 60.0
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Ask again and again for a minute; a test waits for the event, however slow the machine is."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it has not happened within a minute"
-        time.sleep(0.05)
 
 
 def states_seen_by(net: Testnet, which: str) -> dict[str, str]:
@@ -46,6 +36,14 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testnet]:
     made = Testnet.up(tmp_path_factory.mktemp("net"), nodes=3)
     yield made
     made.down()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Where a testnet of up to three nodes is made; none of them stays."""
+    made = tmp_path / "net"
+    yield made
+    kill_daemons(*(made / f"node{number}" for number in (1, 2, 3)))
 
 
 def test_every_node_sees_every_other_alive_when_up_returns(net: Testnet) -> None:
@@ -111,8 +109,7 @@ def test_a_join_that_is_refused_leaves_nothing(net: Testnet, tmp_path: Path) -> 
     assert daemons_of([home.path]) == {}
 
 
-def test_down_leaves_nothing_running_and_nothing_on_the_disk(tmp_path: Path) -> None:
-    folder = tmp_path / "net"
+def test_down_leaves_nothing_running_and_nothing_on_the_disk(folder: Path) -> None:
     made = Testnet.up(folder, nodes=1)
     homes = [node.home for node in made.nodes]
     assert daemons_of(homes) != {}
@@ -122,10 +119,9 @@ def test_down_leaves_nothing_running_and_nothing_on_the_disk(tmp_path: Path) -> 
     assert list(folder.iterdir()) == []
 
 
-def test_ctrl_c_while_it_comes_up_leaves_nothing(tmp_path: Path) -> None:
-    folder = tmp_path / "net"
+def test_ctrl_c_while_it_comes_up_leaves_nothing(folder: Path) -> None:
     line = [sys.executable, "-m", "knode", "testnet", "up", "--nodes", "3", "--dir", str(folder)]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with Process(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         rest: list[str] = []
         seen = threading.Event()
@@ -139,22 +135,22 @@ def test_ctrl_c_while_it_comes_up_leaves_nothing(tmp_path: Path) -> None:
 
         reader = threading.Thread(target=read)
         reader.start()
-        assert seen.wait(WAIT_S), rest
+        assert seen.wait(PATIENCE_S), rest
         process.send_signal(signal.SIGINT)
-        assert process.wait(WAIT_S) == 130
-        reader.join(WAIT_S)
+        assert process.wait(PATIENCE_S) == 130
+        reader.join(PATIENCE_S)
     assert not folder.exists()
     assert daemons_of([folder / f"node{number}" for number in (1, 2, 3)]) == {}
 
 
 def test_a_node_that_cannot_start_takes_the_whole_testnet_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KNODE_LOG_LEVEL", "shouting")
     with pytest.raises(KnodeError) as caught:
-        Testnet.up(tmp_path / "net", nodes=2)
+        Testnet.up(folder, nodes=2)
     assert caught.value.code is Code.CONFIG_INVALID
-    assert not (tmp_path / "net").exists()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("nodes", [0, 33])
@@ -175,6 +171,18 @@ def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path: Path) -> N
 def test_where_no_testnet_is_it_is_not_found(tmp_path: Path) -> None:
     run = knode("testnet", "status", "--dir", str(tmp_path), "--json")
     assert (run.returncode, json.loads(run.stdout)["error"]["code"]) == (5, "NOT_FOUND")
+
+
+@pytest.mark.parametrize("name", ["../mine", "..", "", ".", "/", 1, None])
+def test_a_damaged_file_makes_it_touch_nothing(tmp_path: Path, name: object) -> None:
+    (tmp_path / "mine").mkdir()
+    folder = tmp_path / "net"
+    folder.mkdir()
+    row = {"name": name, "node_id": "x", "port": 1}
+    (folder / "testnet.json").write_text(json.dumps({"nodes": [row]}))
+    with pytest.raises(KnodeError) as caught:
+        Testnet.open(folder)
+    assert caught.value.code is Code.HOME_DAMAGED
 
 
 def test_a_node_that_is_not_there_is_not_found(net: Testnet) -> None:
