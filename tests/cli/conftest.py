@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import trio
+from real_processes import Process
 
 from knode.cli import main as program
 from knode.control.protocol import PROTOCOL
@@ -124,9 +125,9 @@ def knode(home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 def process(home: Home) -> Any:
     """Start the command line as a process of its own."""
 
-    def start(*words: str, **options: Any) -> subprocess.Popen[str]:
+    def start(*words: str, **options: Any) -> Process:
         environment = {**os.environ, **options.pop("environment", {})}
-        return subprocess.Popen(
+        return Process(
             [sys.executable, "-m", "knode", *words, "--home", str(home.path)],
             stdin=options.pop("stdin", subprocess.PIPE),
             stdout=subprocess.PIPE,

@@ -6,19 +6,19 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from real_processes import kill_daemons, until
 
 from knode.cli.daemon import answering
 from knode.home.layout import Home
 from knode.identity import KeyPair
 from knode.mesh.ticket import Ticket
 from knode.node import initialise
-from knode.testnet.processes import daemons_of, end
+from knode.testnet.processes import daemons_of
 
 HERE = ("--port", "0", "--host", "127.0.0.1")
 
@@ -45,7 +45,7 @@ class Program:
 def program(home: Home) -> Iterator[Program]:
     program = Program(home)
     yield program
-    end(program.daemons, signal.SIGKILL)
+    kill_daemons(home.path)
 
 
 def test_a_node_s_day(program: Program) -> None:
@@ -109,10 +109,7 @@ def test_a_home_is_not_made_twice(knode: Any, home: Home) -> None:
 def test_a_foreground_daemon_ends_at_ctrl_c(program: Program, process: Any) -> None:
     initialise(program.home, name="desk", flags={})
     with process("up", *HERE) as running:
-        while (client := answering(program.home)) is None:
-            assert running.poll() is None
-            time.sleep(0.05)
-        client.close()
+        until(lambda: answering(program.home)).close()
         running.send_signal(signal.SIGINT)
         running.communicate(timeout=60)
     assert running.returncode in (0, 130)

@@ -9,29 +9,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from real_processes import PATIENCE_S, Process, kill_daemons, until
 
 from knode.cli.daemon import answering
 from knode.control.client import Client
 from knode.errors import Code, KnodeError
 from knode.home.layout import Home
 from knode.node import initialise
-from knode.testnet.processes import daemons_of, end
-
-PATIENCE_S = 60.0
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Ask again and again for a minute; return what was found at last."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it has not happened within a minute"
-        time.sleep(0.02)
-    return found
 
 
 @pytest.fixture
@@ -39,13 +28,13 @@ def home(tmp_path: Path) -> Iterator[Home]:
     made = Home(tmp_path / "home", None)
     initialise(made, name="desk", flags={"node.host": "127.0.0.1", "node.port": "0"})
     yield made
-    end(list(daemons_of([made.path])), signal.SIGKILL)
+    kill_daemons(made.path)
 
 
-def start(home: Home) -> subprocess.Popen[bytes]:
+def start(home: Home) -> Process:
     environment = {key: text for key, text in os.environ.items() if not key.startswith(("KNODE_", "XDG_"))}
     line = [sys.executable, "-m", "knode", "up", "--home", str(home.path)]
-    return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    return Process(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 
 
 def connect(home: Home) -> Client:

@@ -5,7 +5,6 @@ Both nodes then answer with the JSON that docs/cli.md shows.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -19,13 +18,11 @@ from typing import Any
 
 import pytest
 from docs_pages import ROOT, knode_words, page
+from real_processes import PATIENCE_S, Process, kill_daemons
 
-from knode.cli.daemon import stop
 from knode.control.client import Client
-from knode.errors import KnodeError
 from knode.home.layout import Home
 
-EVENT_TIMEOUT_S = 60.0
 MAPS = {"tasks", "refusals"}
 """Fields of documents whose keys are data."""
 ANY_KIND = {"result", "value"}
@@ -99,8 +96,8 @@ class Machine:
             "KNODE_NODE_PORT": "0",
         }
 
-    def start(self, words: list[str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+    def start(self, words: list[str]) -> Process:
+        return Process(
             [sys.executable, "-m", "knode", *words],
             cwd=ROOT,
             env=self._environment,
@@ -111,8 +108,8 @@ class Machine:
         )
 
     def run(self, *words: str) -> tuple[list[str], int]:
-        process = self.start(list(words))
-        printed, complaints = process.communicate(timeout=EVENT_TIMEOUT_S)
+        with self.start(list(words)) as process:
+            printed, complaints = process.communicate(timeout=PATIENCE_S)
         if process.returncode:
             printed += complaints
         return printed.splitlines(), process.returncode
@@ -128,7 +125,7 @@ class Machine:
 
     def wait_until_linked(self) -> None:
         """Wait until every member is alive and its round trip was measured."""
-        deadline = time.monotonic() + EVENT_TIMEOUT_S
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             others = [member for member in self.call("status")["members"] if member["name"] != "home"]
             if all(member["rtt_ms"] is not None and member["state"] == "alive" for member in others):
@@ -157,9 +154,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
         play(machines, steps)
         yield Played(machines, steps)
     finally:
-        for machine in machines.values():
-            with contextlib.suppress(KnodeError):  # it never ran, or a test has stopped it
-                stop(machine.home)
+        kill_daemons(*(machine.home.path for machine in machines.values()))
 
 
 def play(machines: dict[str, Machine], steps: list[Step]) -> None:
@@ -169,13 +164,9 @@ def play(machines: dict[str, Machine], steps: list[Step]) -> None:
     for step in before:
         type_command(machines, step)
     with machines[invite.machine].start(["invite", "--wait"]) as waiting:
-        try:
-            assert waiting.stdout is not None
-            ticket = waiting.stdout.readline().strip()
-            type_command(machines, after[0], ticket)
-            rest, _ = waiting.communicate(timeout=EVENT_TIMEOUT_S)
-        finally:
-            waiting.kill()
+        ticket = waiting.stdout.readline().strip()
+        type_command(machines, after[0], ticket)
+        rest, _ = waiting.communicate(timeout=PATIENCE_S)
     invite.printed, invite.exit_code = [ticket, *rest.splitlines()], waiting.returncode
     machines[invite.machine].wait_until_linked()
     for step in after[1:]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from real_processes import Process
 
 from knode.errors import Code, KnodeError
 from knode.home.folder import create_home
@@ -27,7 +28,7 @@ def test_a_held_home_is_refused_with_the_holder_and_free_after_its_death(tmp_pat
     home = Home(tmp_path / "home", None)
     create_home(real_world(), home, name="attic")
     command = [sys.executable, "-c", HOLDER, str(home.path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    with Process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(KnodeError, match=f"process {holder.pid}") as error, hold_home(home):

@@ -9,7 +9,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from real_processes import Process, kill_daemons, until
 
 from knode.cli.main import main
 from knode.control.client import Client
 from knode.home.layout import Home
 from knode.mesh.ticket import Ticket, parse_ticket
 from knode.node import initialise
-from knode.testnet.processes import daemons_of, end, free_ports
+from knode.testnet.processes import daemons_of, free_ports
 
 HERE = ("--host", "127.0.0.1")
 PATIENCE_S = 120
@@ -87,6 +87,9 @@ class Machine:
     def daemons(self) -> list[int]:
         return list(daemons_of([self.home.path]))
 
+    def kill(self) -> None:
+        kill_daemons(self.home.path)
+
     def contents(self) -> dict[str, bytes]:
         """What must survive: keys, certificate, configuration, format. Nothing half-written lies there."""
         kept = [self.home.format_file, *self.home.identity.iterdir(), *self.home.config.iterdir()]
@@ -94,16 +97,12 @@ class Machine:
         return {str(path): path.read_bytes() for path in kept if path.exists()}
 
 
-def kill(machine: Machine) -> None:
-    assert end(machine.daemons, signal.SIGKILL) == []
-
-
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
     """A machine of its own, with nothing on it."""
     made = Machine(tmp_path / "home")
     yield made
-    kill(made)
+    made.kill()
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +110,11 @@ def alpha(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """A node that runs, alone with `beta` in its cell. Tests leave it as it was."""
     made = Machine(tmp_path_factory.mktemp("alpha") / "home")
     made.make("alpha")
-    made.up("--port", str(free_ports(1)[0]))
-    yield made
-    kill(made)
+    try:
+        made.up("--port", str(free_ports(1)[0]))
+        yield made
+    finally:
+        made.kill()
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +125,11 @@ def ticket_of_beta(alpha: Machine) -> str:
 @pytest.fixture(scope="module")
 def beta(alpha: Machine, ticket_of_beta: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     made = Machine(tmp_path_factory.mktemp("beta") / "home")
-    made.done("join", ticket_of_beta, "--name", "beta", "--port", "0", *HERE)
-    yield made
-    kill(made)
+    try:
+        made.done("join", ticket_of_beta, "--name", "beta", "--port", "0", *HERE)
+        yield made
+    finally:
+        made.kill()
 
 
 # Tickets.
@@ -259,7 +262,7 @@ def test_a_killed_daemon_starts_again_with_all_it_had_and_refuses_its_expired_ti
     pid = machine.up("--port", port)
     ticket = machine.done("invite")["ticket"]
     before = machine.contents()
-    kill(machine)
+    machine.kill()
     assert machine.home.socket.exists()  # stale: nobody answers there
     machine.refused("NOT_RUNNING", 3, "status")
     (machine.home.attempts / ("ab" * 16) / "input").mkdir(parents=True)
@@ -272,9 +275,12 @@ def test_a_killed_daemon_starts_again_with_all_it_had_and_refuses_its_expired_ti
     assert list(machine.home.attempts.iterdir()) == []
     assert machine.contents() == before
     late = Machine(tmp_path / "late")
-    assert "minutes ago" in late.refused("TICKET_EXPIRED", 4, "join", ticket, "--port", "0", *HERE)
-    assert not late.home.path.exists()
-    assert late.daemons == []
+    try:
+        assert "minutes ago" in late.refused("TICKET_EXPIRED", 4, "join", ticket, "--port", "0", *HERE)
+        assert not late.home.path.exists()
+        assert late.daemons == []
+    finally:
+        late.kill()
 
 
 def test_up_twice_is_one_daemon_and_down_twice_says_so(machine: Machine) -> None:
@@ -311,7 +317,7 @@ def test_a_deep_home_has_its_socket_elsewhere(tmp_path: Path) -> None:
         deep.done("down")
         assert list(runtime.iterdir()) == []
     finally:
-        kill(deep)
+        deep.kill()
 
 
 # Disks.
@@ -384,7 +390,7 @@ def test_a_full_disk_stops_no_node_and_loses_nothing(small_disk: Path, tmp_path:
         assert ended.document["result"]["total"]["bytes"] == 1_000_000
         assert machine.done("invite")["ticket"]
     finally:
-        kill(machine)
+        machine.kill()
 
 
 def test_a_daemon_that_cannot_start_on_a_full_disk_says_so(small_disk: Path) -> None:
@@ -399,7 +405,7 @@ def test_a_daemon_that_cannot_start_on_a_full_disk_says_so(small_disk: Path) -> 
         machine.up()
         assert machine.contents() == before
     finally:
-        kill(machine)
+        machine.kill()
 
 
 def test_a_read_only_disk_is_named_by_every_command_that_writes(small_disk: Path) -> None:
@@ -525,7 +531,7 @@ def test_a_task_that_its_submitter_leaves_is_stopped(alpha: Machine, beta: Machi
     line = [sys.executable, "-m", "knode", "task", "submit", "kExecutor:command", "--direct", "--wait"]
     line += ["--input", "echo knode:progress 0 runs >&2; sleep 100", "--on", "beta"]
     line += ["--home", str(alpha.home.path)]
-    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as waiting:
+    with Process(line, stderr=subprocess.PIPE, text=True) as waiting:
         assert waiting.stderr is not None
         assert "runs" in waiting.stderr.readline()
         waiting.send_signal(signal.SIGINT)
@@ -566,8 +572,6 @@ def test_a_second_node_of_a_name_gets_a_number_and_a_revoked_one_is_told(
     assert refused.code != 0
     assert refused.document.get("error", {}).get("next"), refused
     with Client.connect(machine.home) as client:
-        deadline = time.monotonic() + 60
-        while "was revoked" not in str(client.call("status")["warnings"]):
-            assert time.monotonic() < deadline
+        until(lambda: "was revoked" in str(client.call("status")["warnings"]))
     assert [member["name"] for member in alpha.done("member", "list")] == ["alpha", "beta"]
     assert alpha.submit("kExecutor:text", "--input", "a", "--on", "beta").code == 0

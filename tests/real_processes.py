@@ -1,0 +1,36 @@
+"""What tests of real processes share: nothing outlives its test, and an event has a minute to come."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from knode.testnet.processes import daemons_of, end
+
+PATIENCE_S = 60.0
+
+
+class Process(subprocess.Popen):
+    """A process that is killed where its `with` block ends: a test that fails must not wait for it."""
+
+    def __exit__(self, *error: Any) -> None:
+        self.kill()
+        super().__exit__(*error)
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """Ask again and again for a minute, however slow the machine is; return what was found at last."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it has not happened within a minute"
+        time.sleep(0.02)
+    return found
+
+
+def kill_daemons(*homes: Path) -> None:
+    """Kill the daemons of these homes, whatever state they are in."""
+    assert end(list(daemons_of(homes)), signal.SIGKILL) == []
