@@ -18,6 +18,7 @@ from knode.world import Log, World
 
 HANDSHAKE_S = 10.0
 ANSWERED_AT_ONCE = 64
+FAREWELLS_AT_ONCE = 64
 REFUSAL_S = 1.0
 NO_ROSTER = bytes(32)
 
@@ -37,6 +38,7 @@ class Handshakes:
         self._membership = membership
         self._log = log
         self._lines = StrangerLines()
+        self._farewells = 0
         self._answering: dict[trio.CancelScope, None] = {}
 
     async def with_member(self, link: Link, peer: PublicKey) -> Established:
@@ -96,8 +98,19 @@ class Handshakes:
             self._log.warning(
                 "handshake refused", code=error.code, why=str(error), address=address, left_out=left_out
             )
-        await close_saying(link, error)
+        await self._say_farewell(link, error)
         raise error
+
+    async def _say_farewell(self, link: Link, error: KnodeError) -> None:
+        """Close a refused link, saying why; at once when many who were refused do not hang up."""
+        with trio.CancelScope() as scope:
+            if self._farewells >= FAREWELLS_AT_ONCE:
+                scope.cancel()
+            self._farewells += 1
+            try:
+                await close_saying(link, error)
+            finally:
+                self._farewells -= 1
 
     async def _initiate(
         self, link: Link, introduction: Introduction, peer: PublicKey, ticket: KeyPair | None

@@ -15,7 +15,7 @@ from knode.identity import KeyPair, PublicKey
 from knode.klp.codec import encode
 from knode.klp.frames import Kind
 from knode.klp.messages import Cancel, Context, Event, Failure, Keepalive, Load
-from knode.mesh.handshakes import ANSWERED_AT_ONCE, HANDSHAKE_S
+from knode.mesh.handshakes import ANSWERED_AT_ONCE, FAREWELLS_AT_ONCE, HANDSHAKE_S
 from knode.mesh.ticket import LIFETIME_MS
 from knode.transport import LinkClosed
 
@@ -282,3 +282,14 @@ async def test_a_revoked_node_soon_dials_seldom(cell: Cell) -> None:
     assert 5 < early < 20
     await trio.sleep(6000)
     assert a.peers.refusals[Code.KEY_REVOKED] - early < 45
+
+
+async def test_who_never_closes_a_refused_link_holds_few_of_them(cell: Cell) -> None:
+    a, b = await cell.nodes("a", "b")
+    links = []
+    for _ in range(200):
+        links.append(await cell.network.carrier("stranger").dial(a.address))
+        await links[-1].send_frame(b"no frame of the protocol")
+    await trio.sleep(0.01)
+    assert sum(not link.peer._is_gone for link in links) <= FAREWELLS_AT_ONCE
+    assert await b.ask(a, "test.echo", "lives") == "lives"
