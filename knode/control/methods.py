@@ -1,4 +1,4 @@
-"""What the daemon answers on its socket: each name, its typed parameters, and the node's method for it.
+"""What the daemon answers on its socket: each name, and the node's method for it.
 
 No logic: a method decodes, calls one method of a room, and shapes the answer as docs/cli.md has it.
 """
@@ -8,17 +8,29 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import trio
-from msgspec import Meta
 
-from knode.agents.registry import AgentEntry
+from knode.agents.registry import AgentEntry, State
+from knode.control.parameters import (
+    Nothing,
+    OfAgent,
+    OfLog,
+    OfMemberRole,
+    OfNode,
+    OfPath,
+    OfPings,
+    OfRole,
+    OfSubmission,
+    OfTask,
+    OfTicket,
+)
 from knode.control.server import Handler, Notify
 from knode.errors import Code, KnodeError
 from knode.home.broadcast import Broadcast
-from knode.mesh.roster import Member, Role
+from knode.mesh.roster import Member
 from knode.mesh.ticket import parse_ticket
 from knode.node.node import Node
 from knode.node.status import member_document, peer_document, status
@@ -26,86 +38,9 @@ from knode.tasks.direct import DEFAULT_DEADLINE_S, Submission
 from knode.tasks.task import Task
 
 T = TypeVar("T")
-LOG_LINES_READ = 1000
 LOG_TAIL_BYTES = 1024 * 1024
 MEETING_S = 2.0
 """How long a join waits to see the other members, so that its answer does not call the living failed."""
-AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\x00]*\Z")]
-"""The daemon's own working folder is nobody's."""
-
-
-class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """No parameters."""
-
-
-class OfRole(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A role; worker unless given."""
-
-    role: Role = Role.WORKER
-
-
-class OfTicket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A ticket's text, and how the joining node wants to be called."""
-
-    ticket: str
-    name: str | None = None
-
-
-class OfNode(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A member's name, id or start of an id."""
-
-    node: str
-
-
-class OfPings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A member, and how often it is pinged."""
-
-    node: str
-    count: Annotated[int, Meta(ge=1, le=100)] = 4
-
-
-class OfMemberRole(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A member and its new role."""
-
-    node: str
-    role: Role
-
-
-class OfAgent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An agent's id."""
-
-    agent: str
-
-
-class OfPath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A folder of this machine."""
-
-    path: AbsolutePath
-
-
-class OfTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A task's id or start of an id."""
-
-    task: str
-
-
-class OfSubmission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A task to be done."""
-
-    agent: Annotated[str, Meta(max_length=64)]
-    input: str = ""
-    artifacts: tuple[AbsolutePath, ...] = ()
-    on: str | None = None
-    direct: bool = False
-    deadline_s: float | None = None
-    wait: bool = False
-
-
-class OfLog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many of the last lines, and whether to go on with new ones."""
-
-    lines: Annotated[int, Meta(ge=0, le=LOG_LINES_READ)] = 20
-    follow: bool = False
 
 
 class ControlMethods:
@@ -274,14 +209,17 @@ class ControlMethods:
         if self._node.membership.in_cell:
             members = self._node.membership.roster.members.values()
             nodes = [m.name for m in members if entry.manifest.id in self._node.offers.of(m.key)]
+        state, problem = entry.state, entry.problem
+        if state is State.RUNNING and not self._node.runner.can_run(entry.manifest.id):
+            state, problem = State.REFUSED, "no sandbox holds here: 'knode status' says why"
         return {
             "id": entry.manifest.id,
             "version": entry.manifest.version,
             "runtime": entry.runtime,
-            "state": entry.state,
+            "state": state,
             "publisher": entry.publisher.node_id,
             "description": entry.manifest.description,
-            "problem": entry.problem or None,
+            "problem": problem or None,
             "nodes": nodes,
         }
 

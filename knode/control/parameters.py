@@ -1,0 +1,89 @@
+"""The typed parameters of the socket's methods, with their bounds; another field is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from knode.mesh.roster import Role
+
+LOG_LINES_READ = 1000
+"""The most that one call may ask for."""
+AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\x00]*\Z")]
+"""The daemon's own working folder is nobody's."""
+
+
+class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """No parameters."""
+
+
+class OfRole(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A role; worker unless given."""
+
+    role: Role = Role.WORKER
+
+
+class OfTicket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A ticket's text, and how the joining node wants to be called."""
+
+    ticket: str
+    name: str | None = None
+
+
+class OfNode(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member's name, id or start of an id."""
+
+    node: str
+
+
+class OfPings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member, and how often it is pinged."""
+
+    node: str
+    count: Annotated[int, Meta(ge=1, le=100)] = 4
+
+
+class OfMemberRole(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member and its new role."""
+
+    node: str
+    role: Role
+
+
+class OfAgent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An agent's id."""
+
+    agent: str
+
+
+class OfPath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A folder of this machine."""
+
+    path: AbsolutePath
+
+
+class OfTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A task's id or start of an id."""
+
+    task: str
+
+
+class OfSubmission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A task to be done."""
+
+    agent: Annotated[str, Meta(max_length=64)]
+    input: str = ""
+    artifacts: tuple[AbsolutePath, ...] = ()
+    on: str | None = None
+    direct: bool = False
+    deadline_s: float | None = None
+    wait: bool = False
+
+
+class OfLog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many of the last lines, and whether to go on with new ones."""
+
+    lines: Annotated[int, Meta(ge=0, le=LOG_LINES_READ)] = 20
+    follow: bool = False
