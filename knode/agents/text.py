@@ -62,11 +62,13 @@ _HEADING = re.compile(r" {0,3}#{1,6}+[ \t]+(\S.*)")
 
 
 def parse_request(data: bytes) -> Request:
-    """Return the request in `data`: JSON, or any other text, which is counted.
+    """Return the request in `data`: JSON, or any other text, which is counted; nothing counts the files.
 
     Raises:
         ValueError: JSON that is an object and no request; the message says what is expected.
     """
+    if not data:
+        return Count()
     if not data.lstrip().startswith(b"{"):
         return Count(text=data.decode("utf-8", "replace"))
     try:

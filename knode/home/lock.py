@@ -33,7 +33,7 @@ def hold_home(home: Home) -> Iterator[None]:
             raise KnodeError(
                 Code.LOCKED,
                 f"a knode daemon (process {holder}) already runs in {home.path}",
-                "see it with 'knode status', or stop it with 'knode down'",
+                f"'knode status' shows it, 'knode down' stops it; if neither finds it: 'kill {holder}'",
             ) from error
         with named_disk_errors(home.lock_file):
             os.ftruncate(descriptor, 0)

@@ -47,6 +47,10 @@ def test_files_are_counted_one_by_one_and_together() -> None:
     }
 
 
+def test_files_without_a_word_of_input_are_counted() -> None:
+    assert ask(b"", {"a.txt": b"one two\n"}) == ask({"op": "count"}, {"a.txt": b"one two\n"})
+
+
 @given(st.text())
 def test_counts_agree_with_their_definitions(text: str) -> None:
     data = text.encode("utf-8", "replace")

@@ -34,6 +34,7 @@ def test_a_held_home_is_refused_with_the_holder_and_free_after_its_death(tmp_pat
         with pytest.raises(KnodeError, match=f"process {holder.pid}") as error, hold_home(home):
             pass
         assert error.value.code is Code.LOCKED
+        assert f"'kill {holder.pid}'" in error.value.next_step  # the way out when its socket is gone
         holder.kill()
         holder.wait()
     with hold_home(home):

@@ -9,6 +9,7 @@ from memory_cell import Cell, Host
 from trio.testing import MockClock
 
 from knode.control import daemon
+from knode.control.methods import ControlMethods
 from knode.errors import Code, KnodeError
 from knode.home.configuration import load_configuration
 from knode.klp.codec import Decoder, encode
@@ -135,6 +136,12 @@ async def test_a_machine_without_a_sandbox_warns_and_offers_only_what_it_can_run
         await nursery.start(node.run)
         assert any("no sandbox holds here" in warning for warning in status(node)["warnings"])
         assert node.offers.of(node.key.public) == {"kExecutor:text"}
+        listed = await ControlMethods(node, desk.log.lines, lambda: None).table()["agent.list"](
+            {}, lambda _: None
+        )
+        states = {agent["id"]: (agent["state"], agent["problem"] is None) for agent in listed}
+        assert states["kExecutor:text"] == ("running", True)
+        assert states["kExecutor:command"] == ("refused", False)
         nursery.cancel_scope.cancel()
 
 
