@@ -43,9 +43,8 @@ def run() -> list[Row]:
         seconds: dict[str, list[float]] = {}
 
         async def measure_all() -> None:
-            for _ in range(
-                ROUNDS
-            ):  # in turn, so that a busy moment of the machine hits figure and floor alike
+            # in turn, so that a busy moment of the machine hits figure and floor alike
+            for _ in range(ROUNDS):
                 seconds.setdefault("tls", []).append(await _on_stream(tls_port, _bulk_over_tls))
                 for size in FRAME_SIZES:
                     bulk = partial(_bulk_over_link, frame_bytes=size)
@@ -158,6 +157,7 @@ def _both_servers() -> Iterator[tuple[int, str]]:
         # spawned, not forked: a server process owes nothing to this one
         server = multiprocessing.get_context("spawn").Process(target=_serve, args=(certificate, theirs))
         server.start()
+        theirs.close()  # so that a server which dies ends the wait for it
         try:
             yield ours.recv()
         finally:

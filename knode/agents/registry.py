@@ -84,7 +84,7 @@ _record_decoder: Decoder[_Record] = Decoder(_Record)
 
 def _read_shipped() -> tuple[Manifest, ...]:
     folder = importlib.resources.files("knode.agents") / "shipped"
-    texts = sorted(item.read_text() for item in folder.iterdir() if item.name.endswith(".toml"))
+    texts = sorted(item.read_text("utf-8") for item in folder.iterdir() if item.name.endswith(".toml"))
     return tuple(parse_manifest(text) for text in texts)
 
 
@@ -223,8 +223,10 @@ class Registry:
         try:
             verify_code(self._world.disk, entry.code, entry.files)
         except KnodeError as error:
-            if self._entries.get(entry.manifest.id) is entry:
-                self._entries[entry.manifest.id] = replace(entry, state=State.REFUSED, problem=error.message)
+            with self._changing:
+                if self._entries.get(entry.manifest.id) is entry:
+                    refused = replace(entry, state=State.REFUSED, problem=error.message)
+                    self._entries[entry.manifest.id] = refused
             raise
 
     def _keep_code(self, source: Path, files: tuple[FileDigest, ...]) -> Path:
