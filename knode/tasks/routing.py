@@ -1,8 +1,8 @@
 """Which node runs a task: a pure function of who is here, what they have and how busy they are.
 
-First who can and may (here, the right role, the agent running there), then whoever is not suspect,
-then the least busy, then the shortest round trip, then the smallest id, so that everyone who knows the
-same decides the same.
+First who can and may (here and not suspect, the right role, the agent running there), then the least
+busy, then the shortest round trip, then the smallest id, so that everyone who knows the same decides the
+same.
 """
 
 from __future__ import annotations
@@ -82,6 +82,6 @@ def choose(candidates: Iterable[Candidate], agent: str) -> Candidate:
     )
 
 
-def _score(candidate: Candidate) -> tuple[bool, float, float, str]:
+def _score(candidate: Candidate) -> tuple[float, float, str]:
     busy = (candidate.running + candidate.queued) / max(1, candidate.capacity)
-    return candidate.state is not PeerState.ALIVE, busy, candidate.rtt_s, candidate.node_id
+    return busy, candidate.rtt_s, candidate.node_id
