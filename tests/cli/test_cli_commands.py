@@ -395,11 +395,11 @@ def test_the_help_is_plain_where_nobody_looks_and_names_every_command() -> None:
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_standard_streams_change_nothing_but_what_is_seen(home: Home, closed: str) -> None:
-    command = f'exec {sys.executable} -m knode --home "{home.path}" config set log.level debug {closed}'
+    command = f'exec "{sys.executable}" -m knode --home "{home.path}" config set log.level debug {closed}'
     run = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in run.stderr
     assert (run.returncode, run.stdout) == (5, "")
-    ask = f'exec {sys.executable} -m knode --home "{home.path}" config list {closed}'
+    ask = f'exec "{sys.executable}" -m knode --home "{home.path}" config list {closed}'
     assert subprocess.run(["/bin/sh", "-c", ask], capture_output=True, timeout=60).returncode == 0
 
 
