@@ -18,7 +18,7 @@ from knode.klp.messages import Goodbye, Keepalive, Load, Message, StreamEnd, Str
 from knode.klp.session import Session, StreamData
 from knode.mesh.liveness import Liveness, PeerState
 from knode.transport import Link, LinkClosed
-from knode.world import Clock, Log
+from knode.world import Clock
 
 GOOD_BYE_S = 1.0
 RETIRED_AT_MOST_S = 300.0
@@ -79,7 +79,6 @@ class Conversation:
         established: Established,
         *,
         clock: Clock,
-        log: Log,
         keepalive_s: float,
         dead_after_s: float,
         admit: Callable[[Established], None],
@@ -101,7 +100,6 @@ class Conversation:
         self._incoming: dict[int, IncomingStream] = {}
         self._held: set[int] = set()
         self._clock = clock
-        self._log = log
         self._admit = admit
         self._deliver = deliver
         self._load = load

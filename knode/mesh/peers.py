@@ -280,7 +280,6 @@ class Peers:
             self._key,
             established,
             clock=self._world.clock,
-            log=self._log,
             keepalive_s=self._keepalive_s,
             dead_after_s=self._dead_after_s,
             admit=self._admit_again,

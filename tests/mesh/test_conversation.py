@@ -35,7 +35,6 @@ class Side:
             key,
             established,
             clock=MovableClock(),
-            log=self.log,
             keepalive_s=KEEPALIVE_S,
             dead_after_s=3.0,
             admit=self._admit,
