@@ -35,6 +35,10 @@ def main() -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BaseExceptionGroup as group:
+        if group.subgroup(KeyboardInterrupt) is None:
+            raise
+        return EXIT_INTERRUPTED  # a nursery wraps what interrupted it
     except OSError as error:
         _discard_output()
         return _unwritable(error)

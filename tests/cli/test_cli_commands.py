@@ -417,6 +417,17 @@ def test_an_answer_that_finds_no_room_is_told_on_standard_error(home: Home, word
     assert [line.partition(":")[0] for line in run.stderr.splitlines()] == ["error", "next"]
 
 
+def test_an_interrupted_simulation_ends_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "knode", "simulate", "--scenario", "crashes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        while " s of " not in run.stderr.readline():
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        rest = run.communicate(timeout=60)[1]
+    assert (run.returncode, "Traceback" in rest) == (130, False)
+
+
 def test_starting_the_command_line_imports_nothing_heavy() -> None:
     heavy = "trio", "msgspec", "nacl", "cryptography", "structlog", "apsw", "segno", "asyncio"
     script = (
