@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import trio
-from mesh_cell import KEEPALIVE_S, MovableClock, RecordingLog, SeededRandomness, key_of, refused, until
+from mesh_cell import KEEPALIVE_S, MovableClock, SeededRandomness, key_of, refused, until
 
 from knode.errors import Code, KnodeError
 from knode.klp import limits
@@ -28,7 +28,6 @@ class Side:
     def __init__(self, link: Any, key: Any, established: Any) -> None:
         self.taken: list[Message] = []
         self.streams: dict[int, IncomingStream] = {}
-        self.log = RecordingLog()
         self.refuse: KnodeError | None = None
         self.conversation = Conversation(
             link,
