@@ -30,27 +30,15 @@ from knode.mesh.roster import Role
 from knode.node import Machine, Node
 from knode.node.node import open_database
 from knode.simulation.disk import SimulatedDisk
+from knode.simulation.world import SimulatedClock
 from knode.tasks.direct import Submission
 from knode.tasks.task import Task
 from knode.transport.memory import MemoryNetwork
-from knode.world import Monotonic, WallTime, World
+from knode.world import World
 
 T = TypeVar("T")
 COMMAND = "kExecutor:command"
 TEXT = "kExecutor:text"
-EPOCH_MS = 1_767_225_600_000
-
-
-class Clock:
-    """Virtual time; `skew_s` is how far the time of day is ahead."""
-
-    skew_s = 0.0
-
-    def monotonic(self) -> Monotonic:
-        return Monotonic(trio.current_time())
-
-    def wall(self) -> WallTime:
-        return WallTime(EPOCH_MS + round((trio.current_time() + self.skew_s) * 1000))
 
 
 class Inline:
@@ -122,7 +110,7 @@ class Host:
     """A machine, whose node may be up or not."""
 
     name: str
-    clock: Clock
+    clock: SimulatedClock
     world: World
     home: Home
     log: OpenLog
@@ -236,7 +224,7 @@ class Cell:
 
     def _make(self, name: str, settings: dict[str, str]) -> Host:
         disk = SimulatedDisk()
-        clock, lines = Clock(), list[str]()
+        clock, lines = SimulatedClock(), list[str]()
         world = World(clock, Seeded(name), disk, Inline())
         home = Home(Path("/homes") / name, None)
         prepare_home(world, home)

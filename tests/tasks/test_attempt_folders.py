@@ -10,13 +10,14 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_cell import Clock, Inline, Seeded
+from memory_cell import Inline, Seeded
 from trio.testing import MockClock
 
 from knode.errors import Code, KnodeError
 from knode.home.logging import log_to
 from knode.klp.codec import Decoder, encode
 from knode.simulation.disk import SimulatedDisk
+from knode.simulation.world import SimulatedClock
 from knode.tasks import folders as folders_module
 from knode.tasks.folders import TASKS_WORTH, WAIT_S, WAITING_TASKS, Folders
 from knode.tasks.messages import MAX_FILES, Run, Stage
@@ -39,7 +40,7 @@ class Kept:
         self.disk = SimulatedDisk()
         self.disk.make_folder(ATTEMPTS)
         self.lines: list[str] = []
-        world = World(Clock(), Seeded("folders"), self.disk, Inline())
+        world = World(SimulatedClock(), Seeded("folders"), self.disk, Inline())
         self.folders = Folders(world, ATTEMPTS, log_to(world, self.lines.append).logger, task_bytes=LIMIT)
 
     async def keep(
