@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping
 
 import trio
@@ -23,6 +22,7 @@ from knode.transport import Carrier, Link, Listener
 from knode.world import Log, World
 
 CONVERSATIONS_AT_ONCE = 512
+JOINING_AT_ONCE = 16
 CONVERSATIONS_A_PEER = 4
 BACKOFF_FIRST_S = 0.2
 BACKOFF_LONGEST_S = 15.0
@@ -74,6 +74,7 @@ class Peers:
         """For each member that is being kept: set to dial at once."""
         self._counters = itertools.count(1)  # of requests, whomever they ask: unique for this boot
         self._conversations = 0
+        self._joining = 0
         self._leaving = False
         self._nursery: trio.Nursery | None = None
         membership.changed.append(lambda _: self._follow_roster())
@@ -192,11 +193,27 @@ class Peers:
             established = await self.handshakes.answer(link)
         except KnodeError:
             return  # logged and counted there
-        _, conversation = self._converse(link, established)
-        with trio.move_on_after(JOIN_S if established.ticket else math.inf):
+        if established.ticket:
+            await self._accept_joining(link, established)
+        else:
+            _, conversation = self._converse(link, established)
             await conversation.ended.wait()
-        conversation.close("joining took too long")
-        await conversation.ended.wait()
+
+    async def _accept_joining(self, link: Link, established: Established) -> None:
+        """Serve whoever holds a ticket, for as long as joining takes; one ticket may be shown by many."""
+        if self._joining >= JOINING_AT_ONCE:
+            busy = KnodeError(Code.RATE_LIMITED, "too many nodes are joining here", "try again in a minute")
+            await close_saying(link, busy)
+            return
+        self._joining += 1
+        try:
+            _, conversation = self._converse(link, established)
+            with trio.move_on_after(JOIN_S):
+                await conversation.ended.wait()
+            conversation.close("joining took too long")
+            await conversation.ended.wait()
+        finally:
+            self._joining -= 1
 
     def _follow_roster(self) -> None:
         """Close what a revocation ended, and keep a link to whoever is new."""

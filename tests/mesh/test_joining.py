@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 import trio
 from mesh_cell import Cell, MeshNode, key_of, refused, until
 
@@ -10,7 +11,7 @@ from knode.klp.messages import Context, Event, Failure
 from knode.mesh.gossip import CONTACTS_TOPIC, STATEMENTS_TOPIC, Objects
 from knode.mesh.joining import Join
 from knode.mesh.liveness import PeerState
-from knode.mesh.peers import JOIN_S
+from knode.mesh.peers import JOIN_S, JOINING_AT_ONCE
 from knode.mesh.roster import Role
 from knode.mesh.ticket import Ticket
 
@@ -205,3 +206,18 @@ async def test_a_ticket_without_its_secret_opens_nothing(cell: Cell) -> None:
     await stranger.shake_hands(a, ticket=Thief())  # type: ignore[arg-type]
     await refused(Code.BAD_SIGNATURE, stranger.ask, 1, "roster.join")
     assert a.peers.refusals == {Code.TICKET_INVALID: 1, Code.BAD_SIGNATURE: 1}
+
+
+async def test_one_ticket_shown_by_many_keys_takes_only_a_few_places(cell: Cell) -> None:
+    a, b = await cell.nodes("a", "b")
+    ticket = await a.invite()
+    strangers = [cell.stranger(key_of(f"stranger {number}")) for number in range(JOINING_AT_ONCE + 5)]
+    for stranger in strangers:
+        await stranger.shake_hands(a, ticket=ticket.key)
+    await trio.sleep(0.5)
+    assert a.peers._joining == JOINING_AT_ONCE
+    with pytest.raises(KnodeError) as told:
+        await strangers[-1].ask(1, "roster.join", encode(Join("stranger", b.contact().data)))
+    assert told.value.code is Code.RATE_LIMITED
+    await until(lambda: a.peers._joining == 0)
+    assert (await (await cell.node("c")).join(ticket)).member.name == "c"
