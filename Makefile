@@ -33,10 +33,10 @@ check: setup
 bench: setup
 	@$(BIN)/python -m benchmarks
 
-# Pins every dependency with its hashes, for every supported Python.
+# Pins every dependency with the hashes of its files for every supported Python (resolved by 3.11).
 lock: setup
-	@$(BIN)/pip install --quiet pip-tools
-	@$(BIN)/pip-compile --quiet --extra dev --extra build --all-build-deps --allow-unsafe --generate-hashes --strip-extras \
+	@$(BIN)/pip install --quiet --disable-pip-version-check pip-tools==7.6.2
+	@$(BIN)/pip-compile --quiet --extra dev --all-build-deps --allow-unsafe --generate-hashes --strip-extras \
 	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --output-file requirements.lock pyproject.toml
 
 clean:
