@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from sandbox_helpers import RunPython, processes_with, until
 
 from knode.agents.limits import Limits
 from knode.agents.sandbox import SANDBOXES, Command, Ended, OnProgress, Outcome, Sandbox, choose_sandbox
+from knode.errors import Code, KnodeError
 from knode.world import World
 
 DAEMON = """
@@ -299,3 +301,20 @@ async def test_self_test_passes_over_what_is_not_there(
         "bubblewrap",
         "sandlock",
     ]
+
+
+async def test_what_cannot_be_watched_does_not_run(
+    run_python: RunPython, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = f"knode-unwatched-{os.getpid()}"
+
+    def none_left(pid: int, flags: int = 0) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pidfd_open", none_left)
+        with pytest.raises(KnodeError, match="cannot be watched") as refused:
+            await run_python(f"import time; time.sleep(600)  # {marker}")
+    assert refused.value.code is Code.NO_SANDBOX
+    await until(lambda: not processes_with(marker))
+    assert (await run_python("print(1)")).stdout == b"1\n"

@@ -86,7 +86,19 @@ async def supervise(
     finally:
         for descriptor in pass_fds:
             os.close(descriptor)
-    run = _Run(process, limits, own_processes, on_progress, information)
+    try:
+        run = _Run(process, limits, own_processes, on_progress, information)
+    except OSError as error:
+        # No descriptor is left to watch it by, so it must not run; what it started dies with it.
+        process.kill()
+        process.wait()
+        if information is not None:
+            os.close(information)
+        raise KnodeError(
+            Code.NO_SANDBOX,
+            f"{argv[0]} cannot be watched: {error.strerror}",
+            "try again when the node is less busy",
+        ) from error
     try:
         await run.to_the_end(stdin, folder, before)
     finally:
