@@ -102,7 +102,7 @@ class ControlMethods:
         membership = self._node.membership
         while True:
             changed = membership.next_change()
-            invitation = membership.invitation(public_key)
+            invitation = membership.invitations.find(public_key)
             if invitation.used_by is not None:
                 member = membership.roster.admit(invitation.used_by)
                 return {"id": member.node_id, "name": member.name, "words": list(invitation.words)}
@@ -151,7 +151,7 @@ class ControlMethods:
 
     async def _list_members(self, _: Nothing, notify: Notify) -> Any:
         membership = self._node.membership
-        words = membership.words()
+        words = membership.invitations.words()
         return [
             {
                 "id": m.node_id,

@@ -1,4 +1,4 @@
-"""The roster and the invitations on disk, and every change to them.
+"""The roster and the members' contacts on disk, and every change to them.
 
 Each change is durable before it is told to anyone. Nothing here touches a link.
 """
@@ -6,7 +6,7 @@ Each change is durable before it is told to anyone. Nothing here touches a link.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import apsw
@@ -16,6 +16,8 @@ from knode.errors import Code, KnodeError
 from knode.identity import KeyPair, PublicKey
 from knode.klp.handshake import Established, Hello
 from knode.mesh.contact import SignedContact, open_contact
+from knode.mesh.invitations import SCHEMA as TICKET_SCHEMA
+from knode.mesh.invitations import Invitations
 from knode.mesh.roster import (
     MAX_STATEMENTS,
     Add,
@@ -30,40 +32,18 @@ from knode.mesh.roster import (
     resolve,
     sign_statement,
 )
-from knode.mesh.ticket import LIFETIME_MS, MAX_ADDRESSES, SECRET_BYTES, VERSION, Ticket
+from knode.mesh.ticket import MAX_ADDRESSES, SECRET_BYTES, VERSION, Ticket
 from knode.storage import Database
 from knode.world import World
 
-MAX_OPEN_TICKETS = 64
-FORGOTTEN_AFTER_MS = 24 * 60 * 60 * 1000
-"""How long after it expired an unused ticket is still known, to say TICKET_EXPIRED."""
-ASK_FOR_NEW = "ask the inviter for a new one: 'knode invite'"
-
-SCHEMA = """
+SCHEMA = (
+    """
 CREATE TABLE cell (id BLOB NOT NULL);
 CREATE TABLE statement (id BLOB PRIMARY KEY, data BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE contact (key BLOB PRIMARY KEY, issued INTEGER NOT NULL, data BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE ticket (
-    public_key BLOB PRIMARY KEY,  -- of the key pair that the secret derives: the secret itself is not kept
-    role TEXT NOT NULL,
-    expires INTEGER NOT NULL,     -- wall time, milliseconds
-    used_by BLOB,
-    words TEXT
-) WITHOUT ROWID;
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Invitation:
-    """What the inviter keeps of a ticket."""
-
-    role: Role
-    expires: int
-    """Wall time, milliseconds."""
-    used_by: bytes | None = None
-    """Raw key of the node that joined with it."""
-    words: tuple[str, ...] = ()
-    """The four words of that join."""
+    + TICKET_SCHEMA
+)
 
 
 class Membership:
@@ -71,6 +51,7 @@ class Membership:
 
     def __init__(self, world: World, database: Database, key: KeyPair, owner_key: KeyPair | None) -> None:
         self.key = key
+        self.invitations = Invitations(world.clock, database)
         self.contacts: Mapping[bytes, SignedContact] = {}
         """Where each member can be reached, by its raw key."""
         self.changed: list[Callable[[list[SignedStatement]], None]] = []
@@ -79,7 +60,6 @@ class Membership:
         self._world = world
         self._database = database
         self._roster: Roster | None = None
-        self._invitations: dict[bytes, Invitation] = {}
         self._change = trio.Lock()
         self._next_change = trio.Event()
 
@@ -91,18 +71,14 @@ class Membership:
                 "SELECT id FROM cell",
                 "SELECT data FROM statement ORDER BY id",
                 "SELECT data FROM contact ORDER BY key",
-                "SELECT public_key, role, expires, used_by, words FROM ticket ORDER BY expires",
             )
             return tuple(connection.execute(query).fetchall() for query in queries)
 
-        cells, statements, contacts, tickets = await self._database.read(read)
+        cells, statements, contacts = await self._database.read(read)
         for [cell_id] in cells:
             self._roster = resolve(cell_id, [open_statement(data) for [data] in statements])
         self.contacts = {c.body.key: c for c in (open_contact(data) for [data] in contacts)}
-        self._invitations = {
-            public_key: Invitation(Role(role), expires, used_by, tuple((words or "").split()))
-            for public_key, role, expires, used_by, words in tickets
-        }
+        await self.invitations.load()
 
     @property
     def in_cell(self) -> bool:
@@ -192,7 +168,7 @@ class Membership:
         """Make a one-use ticket; return it and when it expires (wall time, milliseconds).
 
         Raises:
-            KnodeError: NOT_ALLOWED when this node may not invite, RATE_LIMITED, UNAVAILABLE without address.
+            KnodeError: NOT_ALLOWED when this node may not invite, UNAVAILABLE without address, RATE_LIMITED.
         """
         self._signer("invite", role)
         if not addresses:
@@ -206,53 +182,7 @@ class Membership:
             self._world.randomness.token(SECRET_BYTES),
             addresses[:MAX_ADDRESSES],
         )
-        public_key, now = ticket.key.public.raw, self._world.clock.wall()
-        invitation = Invitation(role, now + LIFETIME_MS)
-        forgotten_before = now - FORGOTTEN_AFTER_MS
-
-        def write(connection: apsw.Connection) -> None:
-            connection.execute(
-                "DELETE FROM ticket WHERE used_by IS NULL AND expires < ?", (forgotten_before,)
-            )
-            row = (public_key, role.value, invitation.expires)
-            connection.execute("INSERT INTO ticket (public_key, role, expires) VALUES (?, ?, ?)", row)
-
-        async with self._change:
-            unused = [i for i in self._invitations.values() if i.used_by is None and i.expires > now]
-            if len(unused) >= MAX_OPEN_TICKETS:
-                raise KnodeError(
-                    Code.RATE_LIMITED, f"{MAX_OPEN_TICKETS} tickets wait to be used", "wait ten minutes"
-                )
-            await self._database.write(write)
-            self._invitations = {
-                key: i
-                for key, i in self._invitations.items()
-                if i.used_by is not None or i.expires >= forgotten_before
-            } | {public_key: invitation}
-        return ticket, invitation.expires
-
-    def invitation(self, public_key: bytes) -> Invitation:
-        """Return what is known of a ticket, by its public key; TICKET_INVALID when nothing is."""
-        found = self._invitations.get(public_key)
-        if found is None:
-            raise KnodeError(Code.TICKET_INVALID, "the inviter does not know this ticket", ASK_FOR_NEW)
-        return found
-
-    def check_ticket(self, public_key: bytes, joiner: bytes) -> Invitation:
-        """Return the invitation of a ticket that the node with the key `joiner` may use now.
-
-        The node that used a ticket may show it again: its join may have been cut off half-way.
-
-        Raises:
-            KnodeError: TICKET_INVALID, TICKET_USED or TICKET_EXPIRED.
-        """
-        invitation, now = self.invitation(public_key), self._world.clock.wall()
-        if invitation.used_by not in (None, joiner):
-            raise KnodeError(Code.TICKET_USED, "another node has used this ticket", ASK_FOR_NEW)
-        if invitation.expires <= now:
-            minutes = (now - invitation.expires) // 60_000
-            raise KnodeError(Code.TICKET_EXPIRED, f"the ticket expired {minutes} minutes ago", ASK_FOR_NEW)
-        return invitation
+        return ticket, await self.invitations.keep(ticket.key.public.raw, role)
 
     async def redeem(self, public_key: bytes, joiner: PublicKey, name: str, words: tuple[str, ...]) -> Member:
         """Use a ticket: the joiner becomes a member, in the same transaction.
@@ -260,16 +190,15 @@ class Membership:
         A node that is a member already, since its join was cut off, stays what it is.
 
         Raises:
-            KnodeError: as `check_ticket`; KEY_REVOKED; NOT_ALLOWED when this node may not invite any more;
-                RATE_LIMITED when it has signed as many statements as an admin may.
+            KnodeError: as `Invitations.check`; KEY_REVOKED; NOT_ALLOWED when this node may not invite any
+                more; RATE_LIMITED when it has signed as many statements as an admin may.
         """
         async with self._change:
-            invitation, roster = self.check_ticket(public_key, joiner.raw), self.roster
+            invitation, roster = self.invitations.check(public_key, joiner.raw), self.roster
             used = replace(invitation, used_by=joiner.raw, words=words)
 
             def write(connection: apsw.Connection) -> None:
-                row = (joiner.raw, " ".join(words), public_key)
-                connection.execute("UPDATE ticket SET used_by = ?, words = ? WHERE public_key = ?", row)
+                self.invitations.write_used(connection, public_key, used)
 
             if joiner.raw in roster.revoked:
                 raise KnodeError(Code.KEY_REVOKED, "this node was revoked", "make a new home on that machine")
@@ -283,16 +212,12 @@ class Membership:
                         Code.RATE_LIMITED, "this admin has signed too many statements", "invite from another"
                     )
                 await self._become(after, self.contacts, write)
-            self._invitations[public_key] = used
+            self.invitations.note_used(public_key, used)
         return self.roster.admit(joiner.raw)
 
     def next_change(self) -> trio.Event:
         """Return an event that is set with the next change of the roster."""
         return self._next_change
-
-    def words(self) -> dict[bytes, tuple[str, ...]]:
-        """Return the four words of each join that this node granted, by the member's raw key."""
-        return {i.used_by: i.words for i in self._invitations.values() if i.used_by is not None}
 
     async def set_role(self, member: Member, role: Role) -> Member:
         """Give a member another role.
@@ -352,7 +277,7 @@ class Membership:
         """
         raw_key = peer.key if isinstance(peer, Hello) else peer.peer.raw
         if peer.ticket:
-            self.check_ticket(peer.ticket, raw_key)
+            self.invitations.check(peer.ticket, raw_key)
         else:
             self.roster.admit(raw_key)
 

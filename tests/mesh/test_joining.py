@@ -22,7 +22,7 @@ async def test_both_ends_of_a_join_see_the_same_words(cell: Cell) -> None:
     welcome = await b.join(await a.invite(Role.OBSERVER))
     assert (welcome.member.name, welcome.member.role) == ("b", Role.OBSERVER)
     assert len(welcome.words) == 4
-    assert a.membership.words() == {b.key.public.raw: welcome.words}
+    assert a.membership.invitations.words() == {b.key.public.raw: welcome.words}
     assert a.membership.roster == b.membership.roster
 
 
@@ -177,7 +177,7 @@ async def test_a_joining_node_speaks_for_its_own_address_alone(cell: Cell) -> No
     answer = await stranger.ask(3, "roster.join", encode(["Not A Name", b.contact().data]))
     assert isinstance(answer, Failure)
     assert len(a.membership.roster.members) == 2
-    assert a.membership.check_ticket(ticket.key.public.raw, b"").used_by is None
+    assert a.membership.invitations.check(ticket.key.public.raw, b"").used_by is None
 
 
 async def test_who_holds_a_ticket_and_does_not_join_is_let_go(cell: Cell) -> None:

@@ -10,7 +10,8 @@ from mesh_cell import RECOVERY, MeshNode, key_of, refused
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
 from knode.mesh.contact import Contact, sign_contact
-from knode.mesh.membership import MAX_OPEN_TICKETS, Membership
+from knode.mesh.invitations import MAX_OPEN_TICKETS
+from knode.mesh.membership import Membership
 from knode.mesh.roster import Add, Role, SetRole, sign_statement
 from knode.mesh.ticket import LIFETIME_MS
 from knode.mesh.words import four_words
@@ -67,13 +68,13 @@ async def test_everything_is_there_when_the_database_is_opened_again(reopen) -> 
     used = await joined(home, FRIEND)
     open_ticket, expires = await home.issue_ticket(Role.OBSERVER, ADDRESSES)
     await home.add_contacts([sign_contact(FRIEND, Contact(FRIEND.public.raw, ("shed:1",), "0.1.0", 7))])
-    before = home.roster, home.contacts, home.words()
+    before = home.roster, home.contacts, home.invitations.words()
     again = await reopen()
     assert again is not home
-    assert (again.roster, again.contacts, again.words()) == before
-    assert again.invitation(used).used_by == FRIEND.public.raw
-    assert again.invitation(open_ticket.key.public.raw).expires == expires
-    assert again.words()[FRIEND.public.raw] == WORDS
+    assert (again.roster, again.contacts, again.invitations.words()) == before
+    assert again.invitations.find(used).used_by == FRIEND.public.raw
+    assert again.invitations.find(open_ticket.key.public.raw).expires == expires
+    assert again.invitations.words()[FRIEND.public.raw] == WORDS
     assert again.own.role is Role.ADMIN
 
 
@@ -152,7 +153,7 @@ async def test_an_expired_ticket_is_refused(home: Membership, node: MeshNode) ->
     ticket, expires = await home.issue_ticket(Role.WORKER, ADDRESSES)
     assert expires == node.clock.wall() + LIFETIME_MS
     node.clock.moved_ms += LIFETIME_MS - 1
-    assert home.check_ticket(ticket.key.public.raw, FRIEND.public.raw).role is Role.WORKER
+    assert home.invitations.check(ticket.key.public.raw, FRIEND.public.raw).role is Role.WORKER
     node.clock.moved_ms += 3 * 60_000 + 1
     error = await refused(Code.TICKET_EXPIRED, home.redeem, ticket.key.public.raw, FRIEND.public, "f", WORDS)
     assert "3 minutes ago" in error.message
@@ -179,7 +180,7 @@ async def test_a_revoked_node_comes_back_with_no_ticket(home: Membership) -> Non
     await home.revoke(home.roster.members[FRIEND.public.raw])
     ticket, _ = await home.issue_ticket(Role.WORKER, ADDRESSES)
     await refused(Code.KEY_REVOKED, home.redeem, ticket.key.public.raw, FRIEND.public, "friend", WORDS)
-    assert home.invitation(ticket.key.public.raw).used_by is None
+    assert home.invitations.find(ticket.key.public.raw).used_by is None
 
 
 async def test_the_secret_of_a_ticket_is_not_on_the_disk(home: Membership, node: MeshNode) -> None:
@@ -205,11 +206,11 @@ async def test_open_tickets_are_limited_and_old_ones_forgotten(
     last, _ = await home.issue_ticket(Role.WORKER, ADDRESSES)
     for membership in (home, await reopen()):
         with pytest.raises(KnodeError) as caught:
-            membership.invitation(ticket.key.public.raw)
+            membership.invitations.find(ticket.key.public.raw)
         assert caught.value.code is Code.TICKET_INVALID
-        assert membership.invitation(used).used_by == FRIEND.public.raw
-        assert membership.invitation(last.key.public.raw).used_by is None
-        assert len(membership._invitations) == 2
+        assert membership.invitations.find(used).used_by == FRIEND.public.raw
+        assert membership.invitations.find(last.key.public.raw).used_by is None
+        assert len(membership.invitations._known) == 2
 
 
 async def test_a_ticket_needs_an_address(home: Membership) -> None:
@@ -306,7 +307,7 @@ async def test_a_cancelled_change_is_whole_or_not_begun(home: Membership, reopen
         in_memory = FRIEND.public.raw in home.roster.members
         again = await reopen()
         assert (FRIEND.public.raw in again.roster.members) == in_memory
-        assert (again.invitation(ticket.key.public.raw).used_by is not None) == in_memory
+        assert (again.invitations.find(ticket.key.public.raw).used_by is not None) == in_memory
         home = again
 
 

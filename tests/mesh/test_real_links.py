@@ -85,7 +85,7 @@ async def own_certificate(tmp_path: Path) -> Path:
 async def test_a_node_joins_and_asks_over_real_links(two: tuple[MeshNode, MeshNode]) -> None:
     a, b = two
     welcome = await b.join(await a.invite())
-    assert a.membership.words()[b.key.public.raw] == welcome.words
+    assert a.membership.invitations.words()[b.key.public.raw] == welcome.words
     await a.connected(b)
     await b.connected(a)
     assert await b.ask(a, "test.echo", "hello") == "hello"
