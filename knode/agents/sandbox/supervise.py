@@ -89,11 +89,9 @@ async def supervise(
     try:
         run = _Run(process, limits, own_processes, on_progress, information)
     except OSError as error:
-        # No descriptor is left to watch it by, so it must not run; what it started dies with it.
-        process.kill()
-        process.wait()
         if information is not None:
             os.close(information)
+        _end_unwatched(process)
         raise KnodeError(
             Code.NO_SANDBOX,
             f"{argv[0]} cannot be watched: {error.strerror}",
@@ -106,6 +104,17 @@ async def supervise(
             await run.kill()
             await trio.to_thread.run_sync(make_removable, folder)
     return run.outcome()
+
+
+def _end_unwatched(process: subprocess.Popen[bytes]) -> None:
+    """Kill `process` and what it has started by now; no descriptor is left to watch it by."""
+    # Killed at once, it could leave a child that has not yet asked to die with it. Stopped, it starts
+    # nothing more, and still leads to what it has started.
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    tree.kill_descendants(process.pid)
+    process.kill()
+    process.wait()
 
 
 class _Run:
