@@ -16,6 +16,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@rm -rf $(VENV)/lib/python*/site-packages/trio-stubs  # of an old trio, brought by libp2p: they hide its own types
 	@touch $@
 
 demo: setup
@@ -33,11 +34,11 @@ check: setup
 bench: setup
 	@$(BIN)/python -m benchmarks
 
-# Pins every dependency with the hashes of its files for every supported Python (resolved by 3.11).
+# Pins every dependency with the hashes of its files, for every supported Python, from the index that pip uses.
 lock: setup
-	@$(BIN)/pip install --quiet --disable-pip-version-check pip-tools==7.6.2
-	@$(BIN)/pip-compile --quiet --extra dev --all-build-deps --allow-unsafe --generate-hashes --strip-extras \
-	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --output-file requirements.lock pyproject.toml
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
+	@UV_DEFAULT_INDEX="$$($(BIN)/pip config get global.index-url 2>/dev/null)" $(BIN)/uv pip compile --quiet --universal \
+	    --extra dev --generate-hashes --no-emit-index-url --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
 clean:
 	@rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -179,8 +179,9 @@ class Peers:
 
     async def _dial(self, address: str) -> Link:
         for carrier in self._carriers.values():
-            return await carrier.dial(address)
-        raise KnodeError(Code.UNAVAILABLE, "this node has no carrier")
+            if carrier.dials(address):
+                return await carrier.dial(address)
+        raise KnodeError(Code.UNAVAILABLE, f"this node has no link that goes to {address}")
 
     async def _accept(self, link: Link) -> None:
         if self._leaving:

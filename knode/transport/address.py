@@ -1,4 +1,4 @@
-"""Addresses as people and tickets write them: `host:port`, `[v6]:port`."""
+"""Addresses as people and tickets write them: `host:port`, `[v6]:port`; those of libp2p begin with `/`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ def join_address(host: str, port: int) -> str:
     """Return `host:port`, with brackets round an IPv6 address; a mapped IPv4 address is written as IPv4."""
     host = host.removeprefix("::ffff:") if "." in host else host
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_host_and_port(address: str) -> bool:
+    """Whether this is an address of a QUIC or WebSocket link, or of the memory, and not of libp2p."""
+    return not address.startswith("/")
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -40,12 +40,17 @@ class Link(Protocol):
 
     @property
     def carrier(self) -> str:
-        """The kind of link: `websocket`, `memory`."""
+        """The kind of link: `quic`, `websocket`, `libp2p`, `memory`."""
         ...
 
     @property
     def remote_address(self) -> str:
         """Where the other end is, for people: `192.168.1.7:4747`."""
+        ...
+
+    @property
+    def relayed(self) -> bool:
+        """Whether a third node passes everything on: slower, and there only as long as that one is."""
         ...
 
     @property
@@ -98,7 +103,7 @@ class Listener(Protocol):
 
     @property
     def addresses(self) -> list[str]:
-        """The addresses that others can dial now, as `host:port`, `[v6]:port`."""
+        """The addresses that others can dial now: `host:port`, `[v6]:port`, or a libp2p multiaddr."""
         ...
 
     async def serve(self, accept: Accept) -> None:
@@ -124,8 +129,12 @@ class Carrier(Protocol):
         """
         ...
 
+    def dials(self, address: str) -> bool:
+        """Whether `address` has the form that this kind of link goes to."""
+        ...
+
     async def dial(self, address: str) -> Link:
-        """Open a link to `host:port` within 10 seconds.
+        """Open a link to an address, of a form that it `dials`, within 10 seconds.
 
         Raises:
             KnodeError: UNAVAILABLE, with why.

@@ -14,7 +14,7 @@ from math import inf
 import trio
 
 from knode.errors import Code, KnodeError
-from knode.transport.address import join_address, split_address
+from knode.transport.address import is_host_and_port, join_address, split_address
 from knode.transport.link import MAX_FRAME_BYTES, Accept, LinkClosed, LinkStatistics
 from knode.world import Randomness
 
@@ -60,6 +60,7 @@ class MemoryLink:
     """
 
     carrier = "memory"
+    relayed = False
     peer: MemoryLink
 
     def __init__(
@@ -277,6 +278,10 @@ class MemoryCarrier:
                 "choose that",
             )
         return self._network.bind(self._host, port)
+
+    def dials(self, address: str) -> bool:
+        """Whether it dials such addresses; see `Carrier.dials`."""
+        return is_host_and_port(address)
 
     async def dial(self, address: str) -> MemoryLink:
         """Open a link; see `Carrier.dial`. Takes a round trip, and cut off, all of the 10 seconds."""

@@ -25,7 +25,7 @@ from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
 from knode.errors import Code, KnodeError
-from knode.transport.address import join_address, split_address
+from knode.transport.address import is_host_and_port, join_address, split_address
 from knode.transport.certificate import certificate_of, channel_binding, client_context, server_context
 from knode.transport.interfaces import interface_addresses
 from knode.transport.link import MAX_FRAME_BYTES, Accept, LinkClosed
@@ -256,6 +256,10 @@ class WebSocketCarrier:
                 "choose an address of this machine, and a port from 1024 on",
             ) from error
         return WebSocketListener(bound, context, binding, self._log)
+
+    def dials(self, address: str) -> bool:
+        """Whether it dials such addresses; see `Carrier.dials`."""
+        return is_host_and_port(address)
 
     async def dial(self, address: str) -> WebSocketLink:
         """Open a link; see `Carrier.dial`."""

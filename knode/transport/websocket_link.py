@@ -34,6 +34,7 @@ class WebSocketLink:
     """One end of an open connection. See `Link` for the contract."""
 
     carrier = "websocket"
+    relayed = False
 
     def __init__(
         self,
