@@ -27,6 +27,7 @@ from knode.control.parameters import (
     OfTask,
     OfTicket,
 )
+from knode.control.process import process_document
 from knode.control.server import Handler, Notify
 from knode.errors import Code, KnodeError
 from knode.home.broadcast import Broadcast
@@ -82,7 +83,7 @@ class ControlMethods:
     # The node and its cell.
 
     async def _status(self, _: Nothing, notify: Notify) -> Any:
-        return status(self._node)
+        return status(self._node) | {"process": process_document()}
 
     async def _stop_daemon(self, _: Nothing, notify: Notify) -> Any:
         self._stop()

@@ -17,7 +17,7 @@ from knode.klp.handshake import Established
 from knode.klp.messages import Goodbye, Keepalive, Load, Message, StreamEnd, StreamReset
 from knode.klp.session import Session, StreamData
 from knode.mesh.liveness import Liveness, PeerState
-from knode.transport import Link, LinkClosed
+from knode.transport import Link, LinkClosed, LinkFault
 from knode.world import Clock
 
 GOOD_BYE_S = 1.0
@@ -96,6 +96,7 @@ class Conversation:
         self.synchronised = trio.Event()
         self.ended = trio.Event()
         self.end_reason = ""
+        self._refusal: KnodeError | None = None
         self.retired_at: float | None = None
         self._incoming: dict[int, IncomingStream] = {}
         self._held: set[int] = set()
@@ -127,11 +128,11 @@ class Conversation:
             self._wake.set()
 
     def send_or_close(self, message: Message) -> None:
-        """Queue a message; a peer that lets too much pile up is let go, as if its link were dead."""
+        """Queue a message; a peer that lets too much pile up is let go."""
         try:
             self.send(message)
         except KnodeError as error:
-            self.close(error.message)
+            self.refuse(error)
 
     def hold(self, stream: int) -> None:
         """Stay open, though retired, until the request that this stream belongs to is answered."""
@@ -209,6 +210,12 @@ class Conversation:
         self.end_reason = self.end_reason or reason
         self._stop.cancel()
 
+    def refuse(self, error: KnodeError) -> None:
+        """End at once, and have the peer told why."""
+        if self._refusal is None:
+            self._refusal = error
+        self.close(error.message)
+
     async def say_good_bye(self, code: Code, message: str) -> None:
         """Tell the peer why, wait a second at most until it is sent, then end."""
         self.send_or_close(Goodbye(code, message))
@@ -233,7 +240,7 @@ class Conversation:
                     nursery.cancel_scope.cancel()
         finally:
             self._end()
-        return error
+        return error or self._refusal
 
     def _end(self) -> None:
         self._was_synchronised = self.synchronised.is_set()
@@ -257,6 +264,9 @@ class Conversation:
                     self._take(item)
                 if self.session.has_output:
                     self._wake.set()
+        except LinkFault as fault:
+            self.end_reason = self.end_reason or fault.reason
+            return KnodeError(Code.BAD_FRAME, fault.reason)
         except LinkClosed as closed:
             self.end_reason = self.end_reason or closed.reason
             return None

@@ -107,7 +107,7 @@ class Gossip:
         try:
             self._opened.send_nowait((peer, conversation))
         except trio.WouldBlock:
-            conversation.close("too many conversations open at once")
+            conversation.refuse(KnodeError(Code.RATE_LIMITED, "too many links are opened here at once"))
 
     def _queue(self, topic: str, key: PublicKey, body: bytes) -> None:
         """Let news wait for its turn; RATE_LIMITED, which ends the session, when too much waits."""

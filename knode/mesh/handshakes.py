@@ -12,7 +12,7 @@ from knode.identity import KeyPair, PublicKey
 from knode.klp.frames import refusal
 from knode.klp.handshake import Established, Initiator, Introduction, Responder
 from knode.mesh.membership import Membership
-from knode.transport import Link, LinkClosed
+from knode.transport import Link, LinkClosed, LinkFault
 from knode.transport.strangers import StrangerLines
 from knode.world import Log, World
 
@@ -86,6 +86,8 @@ class Handshakes:
                 error = KnodeError(Code.RATE_LIMITED, "too many handshakes at once", "try again")
         except KnodeError as refused:
             error = refused
+        except LinkFault as fault:
+            error = KnodeError(Code.BAD_FRAME, fault.reason)
         except LinkClosed as closed:
             why = f"the handshake with {address} was cut off ({closed.reason})"
             error = KnodeError(Code.UNAVAILABLE, why, "try again")

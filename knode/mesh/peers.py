@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import trio
@@ -73,6 +74,8 @@ class Peers:
         self._dialling: dict[bytes, trio.Event] = {}
         """For each member that is being kept: set to dial at once."""
         self._counters = itertools.count(1)  # of requests, whomever they ask: unique for this boot
+        self._refusals: Counter[str] = Counter()
+        """Of links over a limit, and of sessions that an error ended."""
         self._conversations = 0
         self._joining = 0
         self._leaving = False
@@ -88,8 +91,13 @@ class Peers:
 
     @property
     def refusals(self) -> Mapping[str, int]:
-        """How many handshakes each error refused, since the start."""
-        return self.handshakes.refusals
+        """How many handshakes and links each error refused, and sessions it ended, since the start."""
+        return self.handshakes.refusals + self._refusals
+
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """How many requests were answered with each error, since the start."""
+        return self._serving.failures
 
     def members(self) -> list[Peer]:
         """Return a peer for every other member, in the order of their names."""
@@ -188,7 +196,7 @@ class Peers:
             return
         if self._conversations >= CONVERSATIONS_AT_ONCE:
             busy = f"this node has {CONVERSATIONS_AT_ONCE} links already"
-            await close_saying(link, KnodeError(Code.RATE_LIMITED, busy, "try again later"))
+            await self._turn_away(link, KnodeError(Code.RATE_LIMITED, busy, "try again later"))
             return
         try:
             established = await self.handshakes.answer(link)
@@ -204,17 +212,21 @@ class Peers:
         """Serve whoever holds a ticket, for as long as joining takes; one ticket may be shown by many."""
         if self._joining >= JOINING_AT_ONCE:
             busy = KnodeError(Code.RATE_LIMITED, "too many nodes are joining here", "try again in a minute")
-            await close_saying(link, busy)
+            await self._turn_away(link, busy)
             return
         self._joining += 1
         try:
             _, conversation = self._converse(link, established)
             with trio.move_on_after(JOIN_S):
                 await conversation.ended.wait()
-            conversation.close("joining took too long")
+            conversation.refuse(KnodeError(Code.TIMEOUT, "joining took too long", "try again"))
             await conversation.ended.wait()
         finally:
             self._joining -= 1
+
+    async def _turn_away(self, link: Link, error: KnodeError) -> None:
+        self._refusals[error.code] += 1
+        await close_saying(link, error)
 
     def _follow_roster(self) -> None:
         """Close what a revocation ended, and keep a link to whoever is new."""
@@ -307,7 +319,7 @@ class Peers:
         self._conversations += 1
         peer.attach(conversation)
         for surplus in peer.conversations[:-CONVERSATIONS_A_PEER]:
-            surplus.close("too many links to one peer")
+            surplus.refuse(KnodeError(Code.RATE_LIMITED, "too many links to one peer"))
         self._nursery.start_soon(self._carry, peer, conversation)
         if not established.ticket:
             self._log.info(
@@ -325,6 +337,8 @@ class Peers:
             error = await conversation.run()
         finally:
             self._conversations -= 1
+            if error is not None:
+                self._refusals[error.code] += 1
             peer.detach(conversation)
             if not conversation.established.ticket:
                 self._log.info("peer disconnected", peer=peer.node_id, why=conversation.end_reason)

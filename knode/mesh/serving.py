@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,6 +42,8 @@ class Serving:
     """Runs the methods that peers ask for and keeps the answers until they are acknowledged."""
 
     def __init__(self, boot: bytes, membership: Membership, methods: Methods, clock: Clock, log: Log) -> None:
+        self.failures: Counter[str] = Counter()
+        """How many requests were answered with each error, since the start."""
         self._answers = Answers(boot)
         self._membership = membership
         self._methods = methods
@@ -77,7 +80,7 @@ class Serving:
                 self._nursery.start_soon(self._answer, peer, source, work)
             case Fresh():
                 busy = KnodeError(Code.RATE_LIMITED, "this node answers too many already", "try again later")
-                refusal = Failure.of(request.counter, busy)
+                refusal = self._failure(request, busy)
                 self._answers.finish(*source, refusal, now)
                 self._turn_away(conversation, request, refusal)
             case Running():
@@ -87,7 +90,7 @@ class Serving:
             case Answered(message=message):
                 self._turn_away(conversation, request, message)
             case Refused(code=code, reason=reason):
-                self._turn_away(conversation, request, Failure.of(request.counter, KnodeError(code, reason)))
+                self._turn_away(conversation, request, self._failure(request, KnodeError(code, reason)))
 
     def cancel(self, peer: Peer, conversation: Conversation, counter: int) -> None:
         """Stop a request whose answer is not wanted any more."""
@@ -141,11 +144,15 @@ class Serving:
                     code=error.code,
                     why=str(error),
                 )
-            return Failure.of(request.counter, error)
+            return self._failure(request, error)
         except Exception:
             self._log.error("a method failed", method=request.method, peer=peer.node_id, exc_info=True)
             fault = KnodeError(Code.INTERNAL, "the node failed", "its log has the details: 'knode logs tail'")
-            return Failure.of(request.counter, fault)
+            return self._failure(request, fault)
+
+    def _failure(self, request: Request, error: KnodeError) -> Failure:
+        self.failures[error.code] += 1
+        return Failure.of(request.counter, error)
 
     async def _run_method(self, peer: Peer, work: Work) -> bytes:
         """Check that the caller may ask this, ask it, and return the encoded answer."""

@@ -189,6 +189,11 @@ class Node:
         advertised = self.settings.node.advertise
         return advertised or tuple(a for listener in self._listeners for a in listener.addresses)
 
+    @property
+    def dropped(self) -> int:
+        """How many connections became no link, since the start."""
+        return sum(listener.dropped for listener in self._listeners)
+
     async def invite(self, role: Role) -> tuple[Ticket, int]:
         """Make a ticket; see `Membership.issue_ticket`."""
         return await self.membership.issue_ticket(role, self.addresses)

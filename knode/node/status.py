@@ -36,6 +36,8 @@ def status(node: Node) -> dict[str, Any]:
         "home": str(node.home.path),
         "sandbox": node.machine.sandbox.name if node.machine.sandbox else None,
         "refusals": dict(node.peers.refusals),
+        "failures": dict(node.peers.failures),
+        "dropped": node.dropped,
     }
 
 

@@ -18,6 +18,10 @@ class LinkClosed(Exception):
         self.reason = reason
 
 
+class LinkFault(LinkClosed):
+    """The link is closed because the other end sent what is no frame of it."""
+
+
 @dataclass(slots=True)
 class LinkStatistics:
     """What a link has carried since it was opened."""
@@ -79,7 +83,8 @@ class Link(Protocol):
         """Return the next frame.
 
         Raises:
-            LinkClosed: closed in order by the other end, broken, or the other end sent what is no frame.
+            LinkClosed: closed in order by the other end, or broken; LinkFault when the other end sent what
+                is no frame.
 
         Cancelling loses nothing: the next call returns the frame that this one would have.
         """
@@ -104,6 +109,11 @@ class Listener(Protocol):
     @property
     def addresses(self) -> list[str]:
         """The addresses that others can dial now: `host:port`, `[v6]:port`, or a libp2p multiaddr."""
+        ...
+
+    @property
+    def dropped(self) -> int:
+        """How many connections failed in their opening, since it was bound."""
         ...
 
     async def serve(self, accept: Accept) -> None:

@@ -208,6 +208,9 @@ class MemoryListener:
         self._offer, self._offered = trio.open_memory_channel[tuple[MemoryLink, trio.Event]](OPENINGS_AT_ONCE)
         self._accepting = trio.CancelScope()
 
+    dropped = 0
+    """Nobody says anything else than frames here."""
+
     @property
     def addresses(self) -> list[str]:
         """The one address."""

@@ -16,7 +16,7 @@ from websockets.frames import DATA_OPCODES, CloseCode, Frame, Opcode
 from websockets.protocol import Event, State
 from websockets.server import ServerProtocol
 
-from knode.transport.link import MAX_FRAME_BYTES, LinkClosed, LinkStatistics
+from knode.transport.link import MAX_FRAME_BYTES, LinkClosed, LinkFault, LinkStatistics
 from knode.transport.tls import TlsStream
 
 CLOSE_SECONDS = 2
@@ -106,7 +106,7 @@ class WebSocketLink:
 
     def _check_open(self) -> None:
         if self._closed_why is not None:
-            raise LinkClosed(self._closed_why)
+            raise (LinkClosed if self._fault is None else LinkFault)(self._closed_why)
         if self._is_closing:
             raise LinkClosed("it was closed here")
 
@@ -178,7 +178,8 @@ class WebSocketLink:
             case EOFError():
                 return "the connection ended without a good-bye"
             case error:
-                return f"the other end sent what is no frame ({error})"
+                self._fault = f"the other end sent what is no frame ({error})"
+                return self._fault
 
     def _take(self, events: Sequence[Event]) -> None:
         """Put messages together from what the protocol gave."""

@@ -111,6 +111,9 @@ async def test_status_tells_the_whole_picture(autojump_clock: MockClock, cell: C
     assert status["leader"] is None
     assert status["tasks"] == {"succeeded": 1}
     assert status["warnings"] == []
+    assert (status["refusals"], status["failures"], status["dropped"]) == ({}, {}, 0)
+    assert set(status["process"]) == {"resident_bytes", "descriptors", "threads", "tasks"}
+    assert all(count > 0 for count in status["process"].values())
     assert {TEXT, COMMAND} <= set(status["agents"])
     members = {member["name"]: member for member in status["members"]}
     assert set(members["desk"]) == {"node_id", "name", "role", "state", "link", "rtt_ms"}

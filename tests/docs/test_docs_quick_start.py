@@ -23,7 +23,7 @@ from real_processes import PATIENCE_S, Process, kill_daemons
 from knode.control.client import Client
 from knode.home.layout import Home
 
-MAPS = {"tasks", "refusals"}
+MAPS = {"tasks", "refusals", "failures"}
 """Fields of documents whose keys are data."""
 ANY_KIND = {"result", "value"}
 """Fields that hold whatever there is."""

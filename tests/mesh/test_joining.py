@@ -7,7 +7,7 @@ from mesh_cell import Cell, MeshNode, key_of, refused, until
 
 from knode.errors import Code, KnodeError
 from knode.klp.codec import encode
-from knode.klp.messages import Context, Event, Failure
+from knode.klp.messages import Context, Event, Failure, Keepalive, Load
 from knode.mesh.gossip import CONTACTS_TOPIC, STATEMENTS_TOPIC, Objects
 from knode.mesh.joining import Join
 from knode.mesh.liveness import PeerState
@@ -191,6 +191,27 @@ async def test_who_holds_a_ticket_and_does_not_join_is_let_go(cell: Cell) -> Non
     assert a.peers._conversations == 0
 
 
+async def test_who_holds_a_ticket_and_only_says_that_it_is_there_is_told_that_its_time_is_over(
+    cell: Cell,
+) -> None:
+    a = await cell.node("a", founder=True)
+    stranger = cell.stranger(key_of("stranger"))
+    await stranger.shake_hands(a, ticket=(await a.invite()).key)
+    begun = trio.current_time()
+
+    async def be_there() -> None:
+        while True:
+            await stranger.say(Keepalive(1, 0, 0, Load(0, 0, 1, 0)))
+            await trio.sleep(1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(be_there)
+        await refused(Code.TIMEOUT, stranger.answer, 1)
+        nursery.cancel_scope.cancel()
+    assert JOIN_S <= trio.current_time() - begun <= JOIN_S + 1
+    assert a.peers.refusals == {Code.TIMEOUT: 1}
+
+
 async def test_a_ticket_without_its_secret_opens_nothing(cell: Cell) -> None:
     a = await cell.node("a", founder=True)
     ticket: Ticket = await a.invite()
@@ -219,5 +240,6 @@ async def test_one_ticket_shown_by_many_keys_takes_only_a_few_places(cell: Cell)
     with pytest.raises(KnodeError) as told:
         await strangers[-1].ask(1, "roster.join", encode(Join("stranger", b.contact().data)))
     assert told.value.code is Code.RATE_LIMITED
+    assert a.peers.refusals == {Code.RATE_LIMITED: 5}
     await until(lambda: a.peers._joining == 0)
     assert (await (await cell.node("c")).join(ticket)).member.name == "c"

@@ -8,14 +8,16 @@ from collections.abc import Callable
 import msgspec
 import pytest
 import trio
-from mesh_cell import Cell, MeshNode, Text, key_of, refused
+from mesh_cell import Cell, MeshNode, Text, key_of, refused, until
 
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair, PublicKey
 from knode.klp.codec import encode
 from knode.klp.frames import Kind
 from knode.klp.messages import Cancel, Context, Event, Failure, Keepalive, Load
+from knode.mesh import peers
 from knode.mesh.handshakes import ANSWERED_AT_ONCE, FAREWELLS_AT_ONCE, HANDSHAKE_S
+from knode.mesh.peers import CONVERSATIONS_A_PEER
 from knode.mesh.ticket import LIFETIME_MS
 from knode.transport import LinkClosed
 
@@ -293,3 +295,48 @@ async def test_who_never_closes_a_refused_link_holds_few_of_them(cell: Cell) -> 
     await trio.sleep(0.01)
     assert sum(not link.peer._is_gone for link in links) <= FAREWELLS_AT_ONCE
     assert await b.ask(a, "test.echo", "lives") == "lives"
+
+
+async def test_a_session_that_an_error_ended_is_counted_at_both_ends(cell: Cell) -> None:
+    a, b = await cell.nodes("a", "b")
+    await b.conversation(a).link.send_frame(b"no frame of the protocol")
+    await until(lambda: a.peers.refusals[Code.BAD_FRAME] == 1)
+    await until(lambda: b.peers.refusals[Code.BAD_FRAME] == 1)
+
+
+async def test_links_over_the_limit_are_refused_by_name_and_counted(
+    cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = await cell.nodes("a", "b")
+    await b.stop()
+    first = [cell.stranger(b.key, f"host{n}") for n in range(CONVERSATIONS_A_PEER + 2)]
+    for stranger in first:
+        await stranger.shake_hands(a)
+        await trio.sleep(0.01)
+    await refused(Code.RATE_LIMITED, first[0].answer, 1)
+    assert a.peers.refusals == {Code.RATE_LIMITED: 2}
+    monkeypatch.setattr(peers, "CONVERSATIONS_AT_ONCE", CONVERSATIONS_A_PEER)
+    late = cell.stranger(b.key)
+    await refused(Code.RATE_LIMITED, late.shake_hands, a)
+    assert a.peers.refusals == {Code.RATE_LIMITED: 3}
+
+
+async def test_requests_that_are_answered_with_an_error_are_counted(cell: Cell) -> None:
+    a, b = await cell.nodes("a", "b")
+    await b.stop()
+    stranger = cell.stranger(b.key)
+    await stranger.shake_hands(a)
+    counted = {
+        "test.admin": Code.NOT_ALLOWED,
+        "no.such.method": Code.NOT_FOUND,
+        "test.fault": Code.INTERNAL,
+    }
+    for counter, (method, code) in enumerate(counted.items(), start=1):
+        answer = await stranger.ask(counter, method, encode(Text("x")))
+        assert isinstance(answer, Failure)
+        assert answer.code == code
+    await stranger.ask(4, "test.echo", b"no body")
+    old = await stranger.ask(4, "test.echo", encode(Text("x")))  # the same answer again: no new failure
+    assert isinstance(old, Failure)
+    assert a.peers.failures == dict.fromkeys(counted.values(), 1) | {Code.BAD_FRAME: 1}
+    assert a.peers.refusals == {}

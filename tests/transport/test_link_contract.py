@@ -14,7 +14,7 @@ from link_kinds import Kind, Pair
 from trio.testing import MockClock
 
 from knode.errors import Code, KnodeError
-from knode.transport import MAX_FRAME_BYTES, Link, LinkClosed
+from knode.transport import MAX_FRAME_BYTES, Link, LinkClosed, LinkFault
 
 LIMIT_SECONDS = 300
 """Far beyond what anything here takes, also on a clock ten times as fast: only a hang gets there."""
@@ -275,6 +275,8 @@ async def test_what_is_no_frame_closes_the_link_behind_the_frames_before_it(pair
     await far.send_frame(b"good")
     await kind.garble(far)
     assert await receive_until_closed(near) == [b"good"]
+    with pytest.raises(LinkFault):
+        await near.receive_frame()
     await send_until_closed(near)
 
 
