@@ -14,7 +14,7 @@ import trio
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
 from knode.klp.handshake import Established
-from knode.klp.messages import Goodbye, Keepalive, Load, Message, StreamEnd, StreamReset
+from knode.klp.messages import Context, Event, Goodbye, Keepalive, Load, Message, StreamEnd, StreamReset
 from knode.klp.session import Session, StreamData
 from knode.mesh.liveness import Liveness, PeerState
 from knode.transport import Link, LinkClosed, LinkFault
@@ -22,6 +22,8 @@ from knode.world import Clock
 
 GOOD_BYE_S = 1.0
 RETIRED_AT_MOST_S = 300.0
+RETIRED_TOPIC = "retired"
+"""The event that tells the other end: nothing new comes over this link, send nothing new over it."""
 
 
 class IncomingStream:
@@ -98,6 +100,8 @@ class Conversation:
         self.end_reason = ""
         self._refusal: KnodeError | None = None
         self.retired_at: float | None = None
+        self.peer_retired = False
+        """Whether the peer prefers another link to it, and so sends nothing new over this one."""
         self._incoming: dict[int, IncomingStream] = {}
         self._held: set[int] = set()
         self._clock = clock
@@ -201,9 +205,13 @@ class Conversation:
             self._check_open()
 
     def retire(self) -> None:
-        """Take no part in new requests; close once no stream runs."""
+        """Take no part in new requests; close once the peer does not either, and no stream runs.
+
+        What either end sent before it knew is behind its own event by then, so nothing is cut off.
+        """
         if self.retired_at is None:
             self.retired_at = self._clock.monotonic()
+            self.send_or_close(Event(RETIRED_TOPIC, Context(), b""))
 
     def close(self, reason: str) -> None:
         """End at once."""
@@ -296,6 +304,9 @@ class Conversation:
                 self.peer_load = item.load
                 if item.echo_us:
                     self.rtt_s = max(0.0, now - item.echo_us / 1e6 - item.held_us / 1e6)
+            case Event(topic=topic) if topic == RETIRED_TOPIC:
+                self.peer_retired = True
+                self._deliver(self, item)
             case Goodbye(message=message):
                 self.liveness.left()
                 self.close(f"the peer said good-bye: {message}")
@@ -328,7 +339,9 @@ class Conversation:
                 self._heard(now)  # a part of a frame, which may take longer than a silence may
             if self.liveness.state(now) is PeerState.FAILED:
                 self.close(f"nothing heard for {self.liveness.dead_after_s:g} s")
-            if self.retired_at is not None and (not self._held or now - self.retired_at > RETIRED_AT_MOST_S):
+            if self.retired_at is not None and (
+                (self.peer_retired and not self._held) or now - self.retired_at > RETIRED_AT_MOST_S
+            ):
                 self.close("a better link serves this peer")
             echo, heard_at = self._heard_ping
             held = max(0, round((now - heard_at) * 1e6)) if echo else 0

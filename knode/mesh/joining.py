@@ -11,9 +11,12 @@ from knode.errors import Code, KnodeError
 from knode.home.folder import NodeName
 from knode.klp.codec import Decoder
 from knode.mesh.contact import SignedContact, open_contact
+from knode.mesh.conversation import Conversation
+from knode.mesh.dialling import race
 from knode.mesh.gossip import Gossip, Signed, fitting, telling_order
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
+from knode.mesh.peer import Peer
 from knode.mesh.peers import Peers
 from knode.mesh.roster import (
     MAX_STATEMENTS,
@@ -26,6 +29,7 @@ from knode.mesh.roster import (
     open_statement,
 )
 from knode.mesh.ticket import Ticket
+from knode.mesh.ways import Way
 from knode.mesh.words import four_words
 from knode.world import Monotonic, World
 
@@ -70,7 +74,7 @@ class Joining:
         methods.add("roster.join", Join, self._grant, roles=frozenset(), before_sync=True)
 
     async def join(self, ticket: Ticket, name: str, contact: SignedContact) -> Welcome:
-        """Join the cell of `ticket`, trying its addresses in turn.
+        """Join the cell of `ticket`, over the best way to its inviter that answers.
 
         When it fails nothing has changed here, and this node may use the ticket again: an inviter that
         took it in and could not say so says it then.
@@ -83,32 +87,16 @@ class Joining:
             raise KnodeError(
                 Code.HOME_EXISTS, "this node belongs to a cell already", "use another folder: '--home PATH'"
             )
-        failed: list[str] = []
-        for address in ticket.addresses:
-            try:
-                return await self._join_at(address, ticket, name, contact)
-            except KnodeError as error:
-                if error.code is not Code.UNAVAILABLE:
-                    raise
-                failed.append(f"at {address}: {error.message}")
-        raise KnodeError(
-            Code.UNAVAILABLE,
-            f"the inviter did not answer ({'; '.join(failed)})",
-            "check that it is up ('knode status' there) and that both machines share a network; "
-            "then join again, with the same ticket",
-        )
-
-    async def _join_at(self, address: str, ticket: Ticket, name: str, contact: SignedContact) -> Welcome:
-        inviter, conversation = await self._peers.open_with_ticket(
-            address, ticket.inviter_key, ticket.cell, ticket.key
-        )
+        inviter, conversation = await self._reach(ticket)
         try:
             deadline = Monotonic(self._world.clock.monotonic() + JOIN_S)
             answer = await inviter.request("roster.join", Join(name, contact.data), deadline=deadline)
         except KnodeError as error:
             if error.code in (Code.UNKNOWN, Code.TIMEOUT):
                 # Not UNKNOWN: whoever has used this ticket may show it again, so asking again is safe.
-                raise KnodeError(Code.UNAVAILABLE, "joining was cut off") from error
+                raise KnodeError(
+                    Code.UNAVAILABLE, "joining was cut off", "join again, with the same ticket"
+                ) from error
             raise
         finally:
             conversation.close("joined")
@@ -119,6 +107,38 @@ class Joining:
             [open_contact(data) for data in joined.contacts],
         )
         return Welcome(self._membership.own, four_words(conversation.established.session_id))
+
+    async def _reach(self, ticket: Ticket) -> tuple[Peer, Conversation]:
+        """Open a conversation with the inviter, over the way of the ticket that answers first."""
+        reached: list[tuple[Peer, Conversation]] = []
+        failed: dict[Way, KnodeError] = {}
+        ways = self._peers.ways_to(ticket.addresses)
+
+        async def attempt(way: Way) -> bool:
+            try:
+                reached.append(
+                    await self._peers.open_with_ticket(way, ticket.inviter_key, ticket.cell, ticket.key)
+                )
+            except KnodeError as error:
+                failed[way] = error
+            return bool(reached)
+
+        await race(ways, attempt, is_over=lambda: bool(reached))
+        for _, surplus in reached[1:]:
+            surplus.close("another way was faster")
+        if reached:
+            return reached[0]
+        # At an address of the local network another node may answer; what the inviter said counts more.
+        for error in sorted(failed.values(), key=lambda error: error.code is Code.UNKNOWN_PEER):
+            if error.code is not Code.UNAVAILABLE:
+                raise error
+        tried = "; ".join(f"{way}: {error.message}" for way, error in failed.items())
+        raise KnodeError(
+            Code.UNAVAILABLE,
+            f"the inviter did not answer ({tried or 'its ticket has no address that this node can dial'})",
+            "check that it is up ('knode status' there) and that both machines share a network; "
+            "then join again, with the same ticket",
+        )
 
     async def _grant(self, call: Call, join: Join) -> Joined:
         contact = open_contact(join.contact)

@@ -21,6 +21,7 @@ from knode.klp.limits import MAX_BODY_BYTES, MAX_TTL_MS
 from knode.klp.messages import Answer, Cancel, Context, Event, Failure, Load, Request, Response
 from knode.mesh.conversation import Conversation
 from knode.mesh.liveness import PeerState
+from knode.mesh.ways import quality_of
 from knode.world import Clock, Monotonic
 
 PENDING_AT_ONCE = 1024
@@ -110,7 +111,7 @@ class Peer:
         self.refusal = None
         self.conversations.append(conversation)
         self._left = False
-        self._choose()
+        self.choose()
 
     def detach(self, conversation: Conversation) -> None:
         """Let go of a conversation that has ended."""
@@ -118,7 +119,7 @@ class Peer:
         if not self.conversations:
             self._left = conversation.liveness.good_bye
             self._heard_at = Monotonic(conversation.liveness.heard_at)
-        self._choose()
+        self.choose()
 
     def send_event(self, topic: str, body: bytes, context: Context) -> None:
         """Send an event, if the peer is here and takes it; events may get lost."""
@@ -227,12 +228,16 @@ class Peer:
         finally:
             conversation.let_go(stream)
 
-    def _choose(self) -> None:
-        """Use the conversation that both sides prefer, and ask again there what waits."""
+    def choose(self) -> None:
+        """Use the best conversation, and ask again there what waits.
+
+        The node with the smaller key alone retires the others: the two may judge a link differently, and
+        must not retire each the one that the other keeps.
+        """
         usable = [c for c in self.conversations if c.open and c.retired_at is None]
         best = max(usable, key=self._rank, default=None)
         for conversation in usable:
-            if conversation is not best:
+            if conversation is not best and (conversation.peer_retired or self._own.raw < self.key.raw):
                 conversation.retire()
         if best is self.conversation:
             return
@@ -244,17 +249,20 @@ class Peer:
         self.changed.set()
         self.changed = trio.Event()
 
-    def _rank(self, conversation: Conversation) -> tuple[bool, bool, bool, float]:
-        """Rank alike on both sides: what the smaller key opened, and of those the newest.
+    def _rank(self, conversation: Conversation) -> tuple[bool, bool, bool, int, bool, float]:
+        """Rank by the quality of the way; of equals comes first what the smaller key opened, then the newest.
 
         One that has been silent for long, or was held with a former process of the peer, comes last: the
-        peer would not have dialled if it still had it.
+        peer would not have dialled if it still had it. So does one that the peer has retired: its own
+        better link is about to arrive here.
         """
         established = conversation.established
         opener = self._own.raw if established.initiator else self.key.raw
         return (
             established.peer_boot == self.conversations[-1].established.peer_boot,
             conversation.liveness.state(self._clock.monotonic()) is PeerState.ALIVE,
+            not conversation.peer_retired,
+            quality_of(conversation.link),
             opener == min(self._own.raw, self.key.raw),
             conversation.opened_at,
         )

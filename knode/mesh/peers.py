@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
@@ -13,26 +13,20 @@ from knode.identity import KeyPair, PublicKey
 from knode.klp.handshake import Established
 from knode.klp.limits import MAX_BODY_BYTES
 from knode.klp.messages import Acknowledge, Cancel, Context, Event, Failure, Load, Message, Request, Response
-from knode.mesh.conversation import Conversation
+from knode.mesh.conversation import RETIRED_TOPIC, Conversation
+from knode.mesh.dialling import Dialling
 from knode.mesh.handshakes import Handshakes, close_saying
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Methods
 from knode.mesh.peer import Peer
 from knode.mesh.serving import PROGRESS_TOPIC, Serving
+from knode.mesh.ways import Way, ways_to
 from knode.transport import Carrier, Link, Listener
 from knode.world import Log, World
 
 CONVERSATIONS_AT_ONCE = 512
 JOINING_AT_ONCE = 16
 CONVERSATIONS_A_PEER = 4
-BACKOFF_FIRST_S = 0.2
-BACKOFF_LONGEST_S = 15.0
-BACKOFF_SHUT_OUT_S = 300.0
-"""Between dials of a node that does not know this one as a member: more dials would not change that."""
-STEADY_S = 5.0
-"""A conversation that lasted so long was a good one: the next dial does not back off any further."""
-HEAD_START_S = 0.3
-"""How much earlier the smaller key dials, and the better of two addresses is dialled."""
 JOIN_S = 30.0
 """How long a conversation with a joining node may last."""
 
@@ -71,8 +65,16 @@ class Peers:
         self._peers: dict[bytes, Peer] = {}
         self._event_handlers: dict[str, EventHandler] = {}
         self._announcements: dict[str, bytes] = {}
-        self._dialling: dict[bytes, trio.Event] = {}
-        """For each member that is being kept: set to dial at once."""
+        self.dialling = Dialling(
+            world,
+            key.public.raw,
+            membership,
+            carriers,
+            log,
+            open_conversation=self._open,
+            is_wanted=self._is_wanted,
+            let_go=self._forget_stranger,
+        )
         self._counters = itertools.count(1)  # of requests, whomever they ask: unique for this boot
         self._refusals: Counter[str] = Counter()
         """Of links over a limit, and of sessions that an error ended."""
@@ -130,8 +132,14 @@ class Peers:
 
     def dial_now(self, key: PublicKey) -> None:
         """Dial this member without waiting any longer: an address of it was learned."""
-        if key.raw in self._dialling:
-            self._dialling[key.raw].set()
+        self.dialling.dial_now(key.raw)
+
+    def discovered(self, node_id: str, addresses: Sequence[str]) -> None:
+        """Note where somebody claims that a node can be reached. Grants nothing: who is no member is ignored,
+        and who answers there must prove the member's key."""
+        for peer in self.members():
+            if peer.node_id == node_id:
+                self.dialling.claim(peer.key.raw, addresses)
 
     async def listen(self, host: str, port: int) -> list[Listener]:
         """Bind every carrier.
@@ -163,10 +171,14 @@ class Peers:
                 for conversation in peer.conversations:
                     nursery.start_soon(conversation.say_good_bye, Code.UNAVAILABLE, "the node goes down")
 
+    def ways_to(self, addresses: Sequence[str]) -> list[Way]:
+        """Return every way that this node can take to one of `addresses`, best first."""
+        return ways_to(addresses, self._carriers)
+
     async def open_with_ticket(
-        self, address: str, inviter: PublicKey, cell_id: bytes, ticket: KeyPair
+        self, way: Way, inviter: PublicKey, cell_id: bytes, ticket: KeyPair
     ) -> tuple[Peer, Conversation]:
-        """Dial an inviter and prove the ticket.
+        """Take a way to an inviter and prove the ticket.
 
         Returns:
             The inviter, for this one conversation, which lasts until it is closed.
@@ -174,7 +186,7 @@ class Peers:
         Raises:
             KnodeError: UNAVAILABLE, or what the inviter refused it with.
         """
-        link = await self._dial(address)
+        link = await self._carriers[way.carrier].dial(way.address)
         established = await self.handshakes.with_ticket(link, inviter, cell_id, ticket)
         try:
             return self._converse(link, established)
@@ -184,12 +196,6 @@ class Peers:
 
     def _new_peer(self, key: PublicKey) -> Peer:
         return Peer(self._key.public, key, self._world.clock, self._dead_after_s, self._counters)
-
-    async def _dial(self, address: str) -> Link:
-        for carrier in self._carriers.values():
-            if carrier.dials(address):
-                return await carrier.dial(address)
-        raise KnodeError(Code.UNAVAILABLE, f"this node has no link that goes to {address}")
 
     async def _accept(self, link: Link) -> None:
         if self._leaving:
@@ -240,58 +246,14 @@ class Peers:
                 for conversation in peer.conversations:
                     self._nursery.start_soon(conversation.say_good_bye, error.code, error.message)
         for peer in self.members():
-            if peer.key.raw not in self._dialling and self._is_wanted(peer):
-                self._dialling[peer.key.raw] = trio.Event()
-                self._nursery.start_soon(self._keep, peer)
+            self.dialling.follow(peer, self._nursery)
 
     def _is_wanted(self, peer: Peer) -> bool:
         members = self._membership.roster.members
         return peer.key.raw in members and self._key.public.raw in members and not self._leaving
 
-    async def _keep(self, peer: Peer) -> None:
-        """Keep a conversation with a member open for as long as it is one."""
-        backoff_s = BACKOFF_FIRST_S
-        if self._key.public.raw > peer.key.raw:
-            await trio.sleep(HEAD_START_S)  # so that both seldom dial at once
-        try:
-            while self._is_wanted(peer):
-                learned = self._dialling[peer.key.raw] = trio.Event()
-                await self._try_addresses(peer)
-                begun = self._world.clock.monotonic()
-                while peer.conversation is not None:
-                    await peer.changed.wait()
-                if self._world.clock.monotonic() - begun >= STEADY_S:
-                    backoff_s = BACKOFF_FIRST_S
-                with trio.move_on_after(backoff_s * self._world.randomness.uniform(0.5, 1.5)):
-                    await learned.wait()
-                longest_s = BACKOFF_SHUT_OUT_S if peer.shuts_out else BACKOFF_LONGEST_S
-                backoff_s = min(longest_s, backoff_s * 2)
-        finally:
-            del self._dialling[peer.key.raw]
-            self._forget_stranger(peer)
-
-    async def _try_addresses(self, peer: Peer) -> None:
-        """Dial a member's addresses, each a moment after the one before, until there is a conversation."""
-        contact = self._membership.contacts.get(peer.key.raw)
-        async with trio.open_nursery() as nursery:
-            for address in contact.body.addresses if contact is not None else ():
-                if peer.conversation is not None:
-                    break
-                nursery.start_soon(self._try_address, peer, address, nursery.cancel_scope)
-                with trio.move_on_after(HEAD_START_S):
-                    await peer.changed.wait()
-
-    async def _try_address(self, peer: Peer, address: str, others: trio.CancelScope) -> None:
-        try:
-            await self._open(peer, address)
-            others.cancel()
-        except KnodeError as error:
-            if error.code is not Code.UNAVAILABLE:
-                peer.refusal = error
-            self._log.debug("dial failed", peer=peer.node_id, address=address, why=error.message)
-
-    async def _open(self, peer: Peer, address: str) -> None:
-        link = await self._dial(address)
+    async def _open(self, peer: Peer, way: Way) -> None:
+        link = await self._carriers[way.carrier].dial(way.address)
         self._converse(link, await self.handshakes.with_member(link, peer.key))
 
     def _converse(self, link: Link, established: Established) -> tuple[Peer, Conversation]:
@@ -379,6 +341,8 @@ class Peers:
                 self._serving.cancel(peer, conversation, counter)
             case Event(topic=topic, context=context, body=body) if topic == PROGRESS_TOPIC:
                 peer.take_progress(int.from_bytes(context.correlation, "big"), body)
+            case Event(topic=topic) if topic == RETIRED_TOPIC:
+                peer.choose()
             case Event(topic=topic, body=body) if (
                 topic in self._event_handlers and not conversation.established.ticket
             ):

@@ -259,12 +259,18 @@ async def test_who_waits_for_both_rosters_to_be_the_same_is_told_of_the_end(auto
         await b.conversation.until_synchronised()
 
 
-async def test_a_retired_conversation_ends_once_no_request_holds_it(autojump_clock: object) -> None:
-    async with talking() as (a, _):
+async def test_a_retired_conversation_ends_once_both_have_retired_it_and_no_request_holds_it(
+    autojump_clock: object,
+) -> None:
+    async with talking() as (a, b):
         a.conversation.hold(7)
         a.conversation.retire()
         await trio.sleep(10)
+        assert b.conversation.peer_retired
         assert a.conversation.open
         a.conversation.let_go(7)
+        await trio.sleep(10)
+        assert a.conversation.open  # what b sent before it knew may still be on its way
+        b.conversation.retire()
         await trio.sleep(2)
         assert not a.conversation.open

@@ -7,8 +7,10 @@ from mesh_cell import DEAD_AFTER_S, Cell, MeshNode, refused, until
 
 from knode.errors import Code
 from knode.klp.messages import Context, Event
+from knode.mesh.dialling import BACKOFF_FIRST_S, BACKOFF_LONGEST_S
 from knode.mesh.liveness import PeerState
-from knode.mesh.peers import BACKOFF_FIRST_S, BACKOFF_LONGEST_S
+from knode.mesh.ways import Way
+from knode.transport import Link
 
 
 def links(node: MeshNode, other: MeshNode) -> int:
@@ -48,7 +50,7 @@ async def test_both_dial_at_once_and_one_conversation_is_left_on_both_sides(cell
         a.peers.dial_now(b.key.public)
         await a.connected(b)
         await b.connected(a)
-        await a.peers._open(a.peer(b), b.address)
+        await a.peers._open(a.peer(b), Way("memory", b.address))
         await trio.sleep(3)
         assert links(a, b) == links(b, a) == 1
         assert a.conversation(b).established.session_id == b.conversation(a).established.session_id
@@ -63,8 +65,8 @@ async def test_two_links_opened_in_the_same_moment_become_one(cell: Cell) -> Non
         conversation.close("by the test")
     await until(lambda: a.peer(b).conversation is None and b.peer(a).conversation is None)
     async with trio.open_nursery() as dialling:
-        dialling.start_soon(a.peers._open, a.peer(b), b.address)
-        dialling.start_soon(b.peers._open, b.peer(a), a.address)
+        dialling.start_soon(a.peers._open, a.peer(b), Way("memory", b.address))
+        dialling.start_soon(b.peers._open, b.peer(a), Way("memory", a.address))
     await trio.sleep(3)
     assert a.log.events("info").count("peer connected") == before + 2  # the test is about something
     assert links(a, b) == links(b, a) == 1
@@ -86,13 +88,14 @@ async def test_dials_back_off_with_jitter_and_reach_the_peer_when_it_is_back(cel
     a, b = await cell.nodes("a", "b")
     await cell.crash(b)
     dials: list[float] = []
-    dial = a.peers._dial
+    carrier = a.peers._carriers["memory"]
+    dial = carrier.dial
 
-    async def counted(address: str) -> object:
+    async def counted(address: str) -> Link:
         dials.append(trio.current_time())
         return await dial(address)
 
-    a.peers._dial = counted  # type: ignore[method-assign,assignment]
+    carrier.dial = counted  # type: ignore[method-assign]
     await trio.sleep(300)
     pauses = [later - earlier for earlier, later in itertools.pairwise(dials)]
     assert min(pauses) >= BACKOFF_FIRST_S / 2

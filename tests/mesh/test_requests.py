@@ -15,6 +15,7 @@ from knode.mesh import peer as peer_module
 from knode.mesh.methods import Call
 from knode.mesh.peer import LOST_GRACE_S
 from knode.mesh.serving import SERVED_A_PEER
+from knode.mesh.ways import Way
 from knode.world import Monotonic
 
 
@@ -81,7 +82,7 @@ async def test_an_answer_goes_to_the_link_that_asked_last_and_not_to_a_dead_one(
     lost.link.aclose = trio.lowlevel.checkpoint  # type: ignore[method-assign]
     lost.close("by the test")
     await lost.ended.wait()
-    await a.peers._open(a.peer(b), b.address)
+    await a.peers._open(a.peer(b), Way("memory", b.address))
     await trio.sleep(0.1)
     assert dead.open
     b.release.set()
@@ -284,7 +285,7 @@ async def former_retired(asks: MeshNode, answers: MeshNode) -> None:
     """Open a link that both sides prefer to the one in use."""
     former = asks.conversation(answers)
     first, other = (asks, answers) if asks.key.public.raw < answers.key.public.raw else (answers, asks)
-    await first.peers._open(first.peer(other), other.address)
+    await first.peers._open(first.peer(other), Way("memory", other.address))
     await until(lambda: asks.peer(answers).conversation is not former)
 
 
