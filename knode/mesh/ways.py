@@ -85,7 +85,8 @@ def scope_of(address: str) -> Scope:
     try:
         ip = ipaddress.ip_address(host)
     except ValueError:
-        return Scope.LOCAL if "." not in host or host.endswith(_LOCAL_NAMES) else Scope.WIDE
+        is_local = host and ("." not in host or host.endswith(_LOCAL_NAMES))
+        return Scope.LOCAL if is_local else Scope.WIDE
     return Scope.LOCAL if ip.is_private or ip.is_link_local else Scope.WIDE
 
 
