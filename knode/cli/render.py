@@ -154,10 +154,27 @@ def settings(document: Sequence[Document]) -> str:
 
 
 def testnet(document: Document) -> str:
-    """Show one node of a testnet a line."""
+    """Show one node of a testnet a line: with how many others it sees alive, and whom it is cut off from."""
     return table(
-        ("node", "state", "pid", "id", "home"),
-        ((n["name"], n["state"], n["pid"], _short(n["node_id"]), n["home"]) for n in document["nodes"]),
+        ("node", "state", "pid", "id", "sees", "cut off from", "home"),
+        (
+            (
+                n["name"],
+                n["state"],
+                n["pid"],
+                _short(n["node_id"]),
+                _alive(n["sees"]),
+                ", ".join(n["cut_off_from"]) or None,
+                n["home"],
+            )
+            for n in document["nodes"]
+        ),
+    )
+
+
+def _alive(states: Mapping[str, str] | None) -> str | None:
+    return (
+        None if states is None else f"{sum(state == 'alive' for state in states.values())} of {len(states)}"
     )
 
 

@@ -21,8 +21,11 @@ from knode.home.folder import open_home
 from knode.home.layout import Home
 from knode.home.lock import hold_home, make_socket_folder
 from knode.home.logging import OpenLog, open_log
+from knode.identity import PublicKey
 from knode.node.node import Machine, Node
+from knode.transport import Carrier
 from knode.transport.certificate import make_certificate
+from knode.transport.partition import Partition, PartitionedCarrier
 from knode.transport.websocket import WebSocketCarrier
 from knode.world import World
 from knode.world.real import real_world
@@ -69,20 +72,40 @@ async def _serve(world: World, home: Home, configuration: Configuration, log: Op
         await nursery.start(_stop_at_signal, stop)
         choice = await _sandbox(world, home, settings.sandbox.prefer)
         machine = Machine(os.cpu_count() or 1, _busy_percent, choice.sandbox, choice.problems)
-        carriers = {"websocket": WebSocketCarrier(home.certificate, log.logger)}
+        carriers: dict[str, Carrier] = {"websocket": WebSocketCarrier(home.certificate, log.logger)}
+        partition = Partition(settings.testnet.cut_off_from) if settings.testnet.faults else None
+        if partition is not None:
+            carriers = {name: PartitionedCarrier(each, partition) for name, each in carriers.items()}
         node = await Node.open(world, home, settings, carriers, machine, log.logger)
+        if partition is not None:
+            _tell_owners(partition, node)
+            nursery.start_soon(partition.run)
         await nursery.start(node.run)
         await nursery.start(
             partial(
                 serve,
                 home.socket,
-                ControlMethods(node, log.lines, stop).table(),
+                ControlMethods(node, log.lines, stop, partition).table(),
                 hello={"protocol": PROTOCOL, "version": __version__},
                 on_fault=lambda method, error: log.logger.error(
                     "a command failed", method=method, exc_info=error
                 ),
             )
         )
+
+
+def _tell_owners(partition: Partition, node: Node) -> None:
+    """Let a partition know whose a link is: by the address that was dialled, and by the handshake."""
+
+    def owner_of(address: str) -> str | None:
+        contacts = node.membership.contacts.values()
+        keys = (contact.body.key for contact in contacts if address in contact.body.addresses)
+        return next((PublicKey(key).node_id for key in keys), None)
+
+    partition.owner_of = owner_of
+    node.peers.on_conversation.append(
+        lambda peer, conversation: partition.claim(conversation.link, peer.node_id)
+    )
 
 
 async def _stop_at_signal(

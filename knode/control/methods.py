@@ -20,6 +20,7 @@ from knode.control.parameters import (
     OfLog,
     OfMemberRole,
     OfNode,
+    OfPartition,
     OfPath,
     OfPings,
     OfRole,
@@ -37,6 +38,7 @@ from knode.node.node import Node
 from knode.node.status import member_document, peer_document, status
 from knode.tasks.direct import DEFAULT_DEADLINE_S, Submission
 from knode.tasks.task import Task
+from knode.transport.partition import Partition
 
 T = TypeVar("T")
 LOG_TAIL_BYTES = 1024 * 1024
@@ -47,15 +49,18 @@ MEETING_S = 2.0
 class ControlMethods:
     """The methods of one daemon."""
 
-    def __init__(self, node: Node, lines: Broadcast, stop: Callable[[], None]) -> None:
+    def __init__(
+        self, node: Node, lines: Broadcast, stop: Callable[[], None], partition: Partition | None = None
+    ) -> None:
         self._node = node
         self._lines = lines
         self._stop = stop
+        self._partition = partition
         self._registry_turn = trio.Lock()
 
     def table(self) -> Mapping[str, Handler]:
         """Return every method by its name."""
-        return {
+        table = {
             "status": _typed(Nothing, self._status),
             "stop": _typed(Nothing, self._stop_daemon),
             "invite": _typed(OfRole, self._invite),
@@ -79,6 +84,9 @@ class ControlMethods:
             "task.cancel": _typed(OfTask, self._cancel_task),
             "logs.tail": _typed(OfLog, self._tail),
         }
+        if self._partition is not None:
+            table["testnet.partition"] = _typed(OfPartition, self._cut_off)
+        return table
 
     # The node and its cell.
 
@@ -271,6 +279,14 @@ class ControlMethods:
         async for report in task.reports():
             notify(report)
         return task.document()
+
+    # Faults.
+
+    async def _cut_off(self, of: OfPartition, notify: Notify) -> Any:
+        assert self._partition is not None, "else the table does not have it"
+        self._partition.set(of.cut_off_from)
+        self._node.log.warning("partition", cut_off_from=list(of.cut_off_from))
+        return {"cut_off_from": sorted(self._partition.cut_off_from)}
 
     # The log.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from knode.home.configuration import NodeId
 from knode.mesh.roster import Role
 
 LOG_LINES_READ = 1000
@@ -80,6 +81,12 @@ class OfSubmission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     direct: bool = False
     deadline_s: float | None = None
     wait: bool = False
+
+
+class OfPartition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The ids of all nodes from which this one is cut off from now on; none heals it."""
+
+    cut_off_from: Annotated[tuple[NodeId, ...], Meta(max_length=32)]
 
 
 class OfLog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -25,6 +25,7 @@ from knode.world import World
 FILE_LIMIT_BYTES = 1024 * 1024
 
 Address = Annotated[str, Meta(pattern=r"^(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):[0-9]{1,5}\Z", max_length=261)]
+NodeId = Annotated[str, Meta(pattern=r"^[1-9A-HJ-NP-Za-km-z]+\Z", max_length=64)]
 
 
 class NodeSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,6 +66,13 @@ class MeshSettings(Struct, frozen=True, forbid_unknown_fields=True):
     dead_after_s: Annotated[float, Meta(ge=0.2, le=600.0)] = 3.0
 
 
+class TestnetSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """`testnet.*`: what `knode testnet` writes into the homes that it makes."""
+
+    faults: bool = False
+    cut_off_from: Annotated[tuple[NodeId, ...], Meta(max_length=32)] = ()
+
+
 class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     """Every value that can be configured."""
 
@@ -73,6 +81,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     tasks: TaskSettings = TaskSettings()
     sandbox: SandboxSettings = SandboxSettings()
     mesh: MeshSettings = MeshSettings()
+    testnet: TestnetSettings = TestnetSettings()
 
 
 class Row(NamedTuple):
@@ -241,9 +250,13 @@ def _rows_of_environment(environment: Mapping[str, str]) -> list[Row]:
 
 def _row_of_text(key: str, text: str, source: str) -> Row:
     value: object = text
-    if key == "node.advertise":
+    if _is_list(SCHEMA.get(key)):
         value = [part.strip() for part in text.split(",")] if text.strip() else []
     return Row(key, _checked(key, value, source, strict=False), source)
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(getattr(kind, "__origin__", kind)) is tuple  # it may be annotated with bounds
 
 
 def _checked(key: str, value: object, source: str, *, strict: bool) -> object:

@@ -51,6 +51,8 @@ class Demo:
         self.hash_in_sandbox(first, third)
         self.kill_and_go_on(first, second, third)
         self.bring_back(first, third)
+        self.cut_off(first, second, third)
+        self.heal(first, second, third)
 
     def show_members(self, first: TestnetNode) -> None:
         """Show the cell as its first node sees it."""
@@ -121,6 +123,44 @@ class Demo:
         check(task["result"]["total"]["words"] == 2, "the node that came back counts wrong")
         self.note(
             "node restarted", f"{third.name} is in the cell again, {back:.1f} s after it answered, and works"
+        )
+
+    def cut_off(self, first: TestnetNode, second: TestnetNode, third: TestnetNode) -> None:
+        """Cut a node off that goes on working; each side calls the other failed, and works on."""
+        say(f"$ knode testnet partition {third.name}")
+        self.net.cut([third.name])
+        begun = time.monotonic()
+        for node in (first, second):
+            self.wait_for_state((node,), third, "failed")
+            self.wait_for_state((third,), node, "failed")
+        noticed = time.monotonic() - begun
+        say(f"    each side calls the other failed after {noticed:.1f} s")
+        for here, there in ((first, second), (third, third)):
+            self.submit(here, "kExecutor:text", '{"op":"count","text":"on this side"}', on=there)
+        try:
+            self.submit(first, "kExecutor:text", '{"op":"count","text":"x"}', on=third)
+        except KnodeError as refused:
+            say(f"    as it should be: {refused.code}: {refused.message}")
+        else:
+            raise Wrong(f"a task reached {third.name} through the cut")
+        self.note(
+            "partition", f"{third.name} cut off, noticed after {noticed:.1f} s; each side worked on alone"
+        )
+
+    def heal(self, first: TestnetNode, second: TestnetNode, third: TestnetNode) -> None:
+        """Undo the partition: all see all, and a task crosses again."""
+        say("$ knode testnet heal")
+        self.net.heal()
+        begun = time.monotonic()
+        for node in (first, second):
+            self.wait_for_state((third,), node, "alive")
+            self.wait_for_state((node,), third, "alive")
+        healed = time.monotonic() - begun
+        say(f"    all see all again after {healed:.1f} s")
+        self.submit(third, "kExecutor:text", '{"op":"count","text":"across again"}', on=first)
+        self.note(
+            "healed",
+            f"all see all again after {healed:.1f} s, and a task of {third.name} ran on {first.name}",
         )
 
     def submit(

@@ -26,6 +26,9 @@ STATE_FILE = "testnet.json"
 SEEN_TIMEOUT_S = 60.0
 """How long `up` waits, once all have joined, until every node sees every other."""
 
+ANSWER_TIMEOUT_S = 5.0
+"""How long a node that runs may take to answer, before it counts as held up."""
+
 _HOST = "127.0.0.1"
 _AT_ONCE = max(2, os.cpu_count() or 1)
 _POLL_S = 0.1
@@ -46,7 +49,7 @@ class TestnetNode:
     port: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Testnet:
     """A folder with nodes, made by `up` and found again by `open`."""
 
@@ -54,6 +57,8 @@ class Testnet:
 
     folder: Path
     nodes: tuple[TestnetNode, ...]
+    partition: frozenset[str] = frozenset()
+    """The names of the nodes that are cut off from all others; empty while the network is whole."""
 
     @classmethod
     def up(cls, folder: Path, *, nodes: int, tell: Tell = lambda text: None) -> Testnet:
@@ -106,8 +111,9 @@ class Testnet:
         folder = folder.resolve()
         file = folder / STATE_FILE
         try:
-            rows = json.loads(file.read_text())["nodes"]
-            nodes = tuple(_node_of(folder, row) for row in rows)
+            document = json.loads(file.read_text())
+            nodes = tuple(_node_of(folder, row) for row in document["nodes"])
+            partition = frozenset(document["partition"]) & {node.name for node in nodes}
         except (FileNotFoundError, NotADirectoryError) as error:
             raise KnodeError(
                 Code.NOT_FOUND,
@@ -118,7 +124,7 @@ class Testnet:
             raise KnodeError(
                 Code.HOME_DAMAGED, f"{file} is damaged ({error})", "stop its nodes with 'knode down --home …'"
             ) from error
-        return cls(folder, nodes)
+        return cls(folder, nodes, partition)
 
     def node(self, which: str) -> TestnetNode:
         """Return a node by number or name; NOT_FOUND when there is none."""
@@ -132,8 +138,44 @@ class Testnet:
         )
 
     def status(self) -> dict[str, Any]:
-        """Return `{nodes: [{name, home, pid, node_id, state}]}`; a node that answers is running."""
+        """Return `{nodes: [{name, home, pid, node_id, state, cut_off_from, sees}]}`.
+
+        A node that answers is running. `cut_off_from` has the names of nodes; `sees` is the state of each
+        node by its name, as this node has it, or null when it does not run or answer.
+        """
         return {"nodes": [self._row(node) for node in self.nodes]}
+
+    def cut(self, which: Sequence[str]) -> None:
+        """Cut these nodes off from all others, in both directions; an earlier partition is over then.
+
+        It lasts until `heal`, also for nodes that are killed or restarted meanwhile.
+
+        Raises:
+            KnodeError: NOT_FOUND; INVALID_ARGUMENT when nobody is left on one side; what a node answered.
+        """
+        side = {self.node(each).name for each in which}
+        if not 0 < len(side) < len(self.nodes):
+            raise KnodeError(
+                Code.INVALID_ARGUMENT,
+                f"a partition has nodes on both sides: {len(side)} of {len(self.nodes)} are none",
+                f"knode testnet partition {self.nodes[-1].name} --dir {self.folder}",
+            )
+        self._divide(frozenset(side))
+
+    def heal(self) -> None:
+        """Let every node reach every other again; nothing happens when the network is whole.
+
+        Raises:
+            KnodeError: what a node answered.
+        """
+        self._divide(frozenset())
+
+    def cut_off_from(self, node: TestnetNode) -> tuple[TestnetNode, ...]:
+        """Return the nodes that `node` neither hears nor reaches."""
+        if not self.partition:
+            return ()
+        side = node.name in self.partition
+        return tuple(other for other in self.nodes if (other.name in self.partition) is not side)
 
     def kill(self, which: str) -> int:
         """End a node's daemon with SIGKILL and return the process id it had.
@@ -177,6 +219,20 @@ class Testnet:
             Code.TIMEOUT, f"the processes {_pids(nodes)} cannot be ended", "kill -9 each of them"
         )
 
+    def _divide(self, partition: frozenset[str]) -> None:
+        """Write the partition down, for the nodes that start later, then tell those that run."""
+        self.partition = partition
+        self._save()
+        for node in self.nodes:
+            ids = [other.node_id for other in self.cut_off_from(node)]
+            _configure(node, cut_off_from=ids)
+            try:
+                with Client.connect(Home(node.home)) as client:
+                    client.call("testnet.partition", {"cut_off_from": ids}, silence_s=ANSWER_TIMEOUT_S)
+            except KnodeError as error:
+                if error.code is not Code.NOT_RUNNING:
+                    raise
+
     def _row(self, node: TestnetNode) -> dict[str, Any]:
         pid = next(iter(_pids([node])), None)
         state = "stopped" if pid is None else "running"
@@ -186,11 +242,21 @@ class Testnet:
             "pid": pid,
             "node_id": node.node_id,
             "state": state,
+            "cut_off_from": [other.name for other in self.cut_off_from(node)],
+            "sees": None if pid is None else self._view(node),
         }
+
+    def _view(self, node: TestnetNode) -> dict[str, str] | None:
+        try:
+            states = _states_seen(node, silence_s=ANSWER_TIMEOUT_S)
+        except KnodeError:  # it is starting, ending or held up: that is what null says
+            return None
+        return {other.name: states[other.node_id] for other in self.nodes if other.node_id in states}
 
     def _save(self) -> None:
         rows = [{key: value for key, value in asdict(node).items() if key != "home"} for node in self.nodes]
-        (self.folder / STATE_FILE).write_text(json.dumps({"nodes": rows}, indent=2) + "\n")
+        document = {"nodes": rows, "partition": sorted(self.partition)}
+        _write(self.folder / STATE_FILE, document)
 
     def _await_all_seen(self, tell: Tell) -> None:
         tell(f"waiting until every node sees all {len(self.nodes)}")
@@ -238,6 +304,8 @@ def _claim(folder: Path) -> bool:
 def _form_cell(command_line: CommandLine, planned: Sequence[TestnetNode], tell: Tell) -> list[TestnetNode]:
     """Found the cell on the first node and let the others join it, as many at once as there are cores."""
     first, *others = planned
+    for node in planned:
+        _configure(node)
     tell(f"{first.name}: a new cell")
     founded = command_line.run(
         first.home, "init", "--name", first.name, "--port", str(first.port), "--host", _HOST
@@ -280,10 +348,32 @@ def _with_id(node: TestnetNode, node_id: str) -> TestnetNode:
     return TestnetNode(node.name, node.home, node_id, node.port)
 
 
+def _configure(node: TestnetNode, *, cut_off_from: Sequence[str] = ()) -> None:
+    """Write what every node of a testnet is told, as whoever runs a machine does."""
+    settings = {"testnet": {"faults": True, "cut_off_from": list(cut_off_from)}}
+    config = Home(node.home).config_system
+    for folder in (node.home, config.parent):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    _write(config, settings)
+
+
+def _write(file: Path, document: dict[str, Any]) -> None:
+    """Write a file as a whole: whoever is killed meanwhile leaves the old one."""
+    draft = file.with_name(f".{file.name}")
+    draft.write_text(json.dumps(document, indent=2) + "\n")
+    draft.replace(file)
+
+
 def _seen_alive(node: TestnetNode) -> set[str]:
+    states = _states_seen(node, silence_s=SEEN_TIMEOUT_S)
+    return {node_id for node_id, state in states.items() if state == "alive"}
+
+
+def _states_seen(node: TestnetNode, *, silence_s: float) -> dict[str, str]:
+    """Return the state of each member, by its id, as a node has it."""
     with Client.connect(Home(node.home)) as client:
-        members = client.call("status", silence_s=SEEN_TIMEOUT_S)["members"]
-    return {member["node_id"] for member in members if member["state"] == "alive"}
+        members = client.call("status", silence_s=silence_s)["members"]
+    return {member["node_id"]: member["state"] for member in members}
 
 
 def _pids(nodes: Sequence[TestnetNode]) -> list[int]:

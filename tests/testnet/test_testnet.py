@@ -56,7 +56,8 @@ def test_status_names_every_node_with_its_process(net: Testnet) -> None:
     rows = json.loads(run.stdout)["nodes"]
     assert [row["name"] for row in rows] == ["node1", "node2", "node3"]
     for row, node in zip(rows, net.nodes, strict=True):
-        assert set(row) == {"name", "home", "pid", "node_id", "state"}
+        assert set(row) == {"name", "home", "pid", "node_id", "state", "cut_off_from", "sees"}
+        assert (row["cut_off_from"], set(row["sees"].values())) == ([], {"alive"})
         assert (row["state"], row["home"], row["node_id"]) == ("running", str(node.home), node.node_id)
         assert daemons_of([node.home]) == {row["pid"]: node.home}
 
@@ -64,7 +65,7 @@ def test_status_names_every_node_with_its_process(net: Testnet) -> None:
 def test_a_killed_node_is_noticed_and_comes_back_as_itself(net: Testnet) -> None:
     pid = net.status()["nodes"][2]["pid"]
     killed = json.loads(knode("testnet", "kill", "3", "--dir", str(net.folder), "--json").stdout)["nodes"][2]
-    assert (killed["state"], killed["pid"]) == ("stopped", None)
+    assert (killed["state"], killed["pid"], killed["sees"]) == ("stopped", None, None)
     until(lambda: states_seen_by(net, "node1")["node3"] == "failed")
     with pytest.raises(KnodeError) as caught:
         net.kill("node3")
@@ -77,6 +78,49 @@ def test_a_killed_node_is_noticed_and_comes_back_as_itself(net: Testnet) -> None
     assert row["pid"] != pid
     with Client.connect(Home(net.node("node3").home)) as client:
         assert client.call("status")["node_id"] == net.node("node3").node_id
+
+
+def test_a_partition_is_seen_on_both_sides_outlives_a_restart_and_heals(net: Testnet) -> None:
+    for command in (("partition", "3"), ("heal",)):
+        cut = command[0] == "partition"
+        run = knode("testnet", *command, "--dir", str(net.folder), "--json")
+        assert run.returncode == 0, run.stderr
+        rows = {row["name"]: row["cut_off_from"] for row in json.loads(run.stdout)["nodes"]}
+        assert rows == (
+            {"node1": ["node3"], "node2": ["node3"], "node3": ["node1", "node2"]}
+            if cut
+            else {"node1": [], "node2": [], "node3": []}
+        )
+        far = "failed" if cut else "alive"
+        until(lambda far=far: views(net) == parted(far))
+        if cut:
+            refused = knode(
+                *("task", "submit", "kExecutor:text", "--input", '{"op":"count","text":"x"}', "--direct"),
+                *("--on", "node3", "--wait", "--json", "--home", str(net.node("node1").home)),
+            )
+            assert json.loads(refused.stdout)["error"]["code"] == "UNAVAILABLE"
+            log = net.node("node3").home / "log" / "knode.jsonl"
+            before = log.read_text().count("peer connected")
+            net.restart("node3")
+            assert views(net) == parted("failed")
+            assert log.read_text().count("peer connected") == before
+
+
+def views(net: Testnet) -> dict[str, dict[str, str]]:
+    return {row["name"]: row["sees"] for row in Testnet.open(net.folder).status()["nodes"]}
+
+
+def parted(far: str) -> dict[str, dict[str, str]]:
+    """What all see when node3 is far from the others."""
+    ours = {"node1": "alive", "node2": "alive", "node3": far}
+    return {"node1": ours, "node2": ours, "node3": {"node1": far, "node2": far, "node3": "alive"}}
+
+
+@pytest.mark.parametrize("sides", [("1", "2", "node3"), ("7",)])
+def test_a_partition_needs_nodes_on_both_sides(net: Testnet, sides: tuple[str, ...]) -> None:
+    run = knode("testnet", "partition", *sides, "--dir", str(net.folder), "--json")
+    assert json.loads(run.stdout)["error"]["code"] in ("INVALID_ARGUMENT", "NOT_FOUND")
+    assert Testnet.open(net.folder).partition == frozenset()
 
 
 def test_a_task_runs_on_another_node(net: Testnet, tmp_path: Path) -> None:
@@ -179,7 +223,7 @@ def test_a_damaged_file_makes_it_touch_nothing(tmp_path: Path, name: object) -> 
     folder = tmp_path / "net"
     folder.mkdir()
     row = {"name": name, "node_id": "x", "port": 1}
-    (folder / "testnet.json").write_text(json.dumps({"nodes": [row]}))
+    (folder / "testnet.json").write_text(json.dumps({"nodes": [row], "partition": []}))
     with pytest.raises(KnodeError) as caught:
         Testnet.open(folder)
     assert caught.value.code is Code.HOME_DAMAGED

@@ -47,7 +47,7 @@ def down(context: typer.Context, dir: Folder) -> None:
 
 @testnet.command("status")
 def status(context: typer.Context, dir: Folder) -> None:
-    """Show which nodes run."""
+    """Show which nodes run, whom each sees, and who is cut off from whom."""
     from knode.testnet import Testnet
 
     session_of(context).show(Testnet.open(dir).status(), render.testnet)
@@ -70,4 +70,28 @@ def restart(context: typer.Context, node: Node, dir: Folder) -> None:
 
     opened = Testnet.open(dir)
     opened.restart(node)
+    session_of(context).show(opened.status(), render.testnet)
+
+
+@testnet.command("partition")
+def partition(
+    context: typer.Context,
+    nodes: Annotated[list[str], typer.Argument(metavar="N…", help="Numbers or names: 2 node3.")],
+    dir: Folder,
+) -> None:
+    """Cut these nodes off from the others, until 'heal'."""
+    from knode.testnet import Testnet
+
+    opened = Testnet.open(dir)
+    opened.cut(nodes)
+    session_of(context).show(opened.status(), render.testnet)
+
+
+@testnet.command("heal")
+def heal(context: typer.Context, dir: Folder) -> None:
+    """Let every node reach every other again."""
+    from knode.testnet import Testnet
+
+    opened = Testnet.open(dir)
+    opened.heal()
     session_of(context).show(opened.status(), render.testnet)
