@@ -199,6 +199,11 @@ class PartitionedListener:
         """See `Listener.addresses`."""
         return self._listener.addresses
 
+    @property
+    def dropped(self) -> int:
+        """See `Listener.dropped`."""
+        return self._listener.dropped
+
     async def serve(self, accept: Accept) -> None:
         """Accept links; see `Listener.serve`."""
 
