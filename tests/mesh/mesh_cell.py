@@ -186,7 +186,7 @@ class MeshNode:
         self.methods.add("test.fault", Text, self._fault)
         self.methods.add("test.large", Text, self._large)
         self.methods.add("test.admin", Text, self._echo, roles=frozenset({Role.ADMIN}))
-        listeners = await self.peers.listen(self.host, self._port)
+        listeners = self.listeners = await self.peers.listen(self.host, self._port)
         self.address = listeners[0].addresses[0]
         self._port = int(self.address.rpartition(":")[2])
         try:
