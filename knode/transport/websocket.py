@@ -6,9 +6,7 @@ messages alone, no extensions, no compression.
 
 from __future__ import annotations
 
-import errno
 import logging
-import socket
 import ssl
 from contextlib import suppress
 from http import HTTPStatus
@@ -27,9 +25,10 @@ from websockets.uri import parse_uri
 from knode.errors import Code, KnodeError
 from knode.transport.address import is_host_and_port, join_address, split_address
 from knode.transport.certificate import certificate_of, channel_binding, client_context, server_context
-from knode.transport.interfaces import interface_addresses
 from knode.transport.link import MAX_FRAME_BYTES, Accept, LinkClosed
+from knode.transport.openings import Openings
 from knode.transport.strangers import StrangerLines
+from knode.transport.tcp import bind_tcp, dialable, prepare_tcp
 from knode.transport.tls import TlsStream
 from knode.transport.websocket_link import WebSocketLink, send_queued
 from knode.world import Log
@@ -37,13 +36,8 @@ from knode.world import Log
 SUBPROTOCOL = Subprotocol("klp.1")
 PATH = "/klp"
 OPENING_SECONDS = 10
-OPENINGS_AT_ONCE = 64
 OPENING_BYTES = 16 * 1024
 """How large the HTTP request or answer that opens a link may be, but for its last TLS record."""
-
-_BACKLOG = 128
-# a silent peer is found by KLP's keepalive within seconds; these end links that nobody keeps alive
-_TCP_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 # the core describes each frame to a logger that listens at debug level
 _core_log = logging.getLogger("knode.websockets")
@@ -119,39 +113,32 @@ async def _open_as_client(stream: TlsStream, address: str) -> WebSocketLink:
     return WebSocketLink(stream, protocol, address, channel_binding(certificate), behind)
 
 
-def _prepare(raw: trio.socket.SocketType) -> None:
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _TCP_KEEPALIVE.items():
-        if hasattr(socket, name):  # not every system has all three
-            raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
 class WebSocketListener:
-    """A bound TCP port. See `Listener` for the contract.
+    """A bound TCP port. See `Listener` for the contract."""
 
-    When all openings are taken, the oldest makes room: an honest one takes milliseconds, so who holds
-    connections open without a word shuts nobody out.
-    """
-
-    def __init__(self, bound: socket.socket, context: ssl.SSLContext, binding: bytes, log: Log) -> None:
+    def __init__(
+        self, listening: trio.SocketListener, context: ssl.SSLContext, binding: bytes, log: Log
+    ) -> None:
         self.dropped = 0
         """How many connections failed in their opening."""
-        self._listening = trio.SocketListener(trio.socket.from_stdlib_socket(bound))
+        self._listening = listening
         self._context = context
         self._binding = binding
         self._log = log
         self._lines = StrangerLines()
         self._accepting = trio.CancelScope()
-        self._openings: dict[trio.CancelScope, None] = {}
-        self._addresses = _dialable(bound)
+        self._openings = Openings()
+        self._addresses = self._dialable()
 
     @property
     def addresses(self) -> list[str]:
         """The addresses that others can dial now: a machine may move to another network."""
         with suppress(OSError):  # closed, or no descriptor left to ask the system with: as they were
-            self._addresses = _dialable(self._listening.socket)
+            self._addresses = self._dialable()
         return self._addresses
+
+    def _dialable(self) -> list[str]:
+        return [join_address(host, port) for host, port in dialable(self._listening.socket)]
 
     async def serve(self, accept: Accept) -> None:
         """Accept links; see `Listener.serve`. After `aclose`, returns when the last link is done."""
@@ -177,14 +164,10 @@ class WebSocketListener:
 
     async def _open(self, raw: trio.socket.SocketType) -> WebSocketLink | None:
         """Return the link that a connection becomes, or None when it is dropped."""
-        if len(self._openings) == OPENINGS_AT_ONCE:
-            oldest = next(iter(self._openings))
-            del self._openings[oldest]
-            oldest.cancel()
         why = f"not open after {OPENING_SECONDS} seconds, or the oldest when others came"
         link = None
         try:
-            _prepare(raw)
+            prepare_tcp(raw)
             remote = join_address(*raw.getpeername()[:2])
         except OSError:  # it came and went
             raw.close()
@@ -192,13 +175,11 @@ class WebSocketListener:
             return None
         stream = TlsStream(raw, self._context, server_side=True)
         try:
-            with trio.move_on_after(OPENING_SECONDS) as scope:
-                self._openings[scope] = None
+            with self._openings.take(OPENING_SECONDS):
                 link = await _open_as_server(stream, self._binding, remote)
         except (OSError, _NotOpened) as error:
             why = str(error)
         finally:
-            self._openings.pop(scope, None)
             if link is None:
                 stream.close()
         if link is None:
@@ -223,12 +204,7 @@ class WebSocketCarrier:
         self._client_context = client_context()
 
     async def listen(self, host: str, port: int) -> WebSocketListener:
-        """Bind; see `Carrier.listen`.
-
-        Args:
-            host: an address or a name of this machine; "" and "::" take IPv6 and IPv4, "0.0.0.0" IPv4 alone.
-            port: 0 takes a free one.
-        """
+        """Bind; see `Carrier.listen`, and `bind_tcp`."""
         try:
             context = server_context(self._certificate_path)
             binding = channel_binding(certificate_of(self._certificate_path.read_text()))
@@ -238,24 +214,8 @@ class WebSocketCarrier:
                 f"{self._certificate_path} holds no TLS key and certificate ({error})",
                 "remove it: the next start makes a new one",
             ) from error
-        try:
-            if host not in ("", "::"):
-                found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-                host = str(found[0][4][0])
-            bound = _bind(host, port)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise KnodeError(
-                    Code.PORT_IN_USE,
-                    f"another program listens on port {port}",
-                    "stop it, or choose another port with 'knode config set node.port PORT'",
-                ) from error
-            raise KnodeError(
-                Code.INVALID_ARGUMENT,
-                f"cannot listen on {host!r}, port {port} ({error.strerror or error})",
-                "choose an address of this machine, and a port from 1024 on",
-            ) from error
-        return WebSocketListener(bound, context, binding, self._log)
+        listening = await bind_tcp(host, port, setting="node.port")
+        return WebSocketListener(listening, context, binding, self._log)
 
     def dials(self, address: str) -> bool:
         """Whether it dials such addresses; see `Carrier.dials`."""
@@ -267,7 +227,7 @@ class WebSocketCarrier:
             host, port = split_address(address)
             with trio.fail_after(OPENING_SECONDS):
                 connected = (await trio.open_tcp_stream(host, port)).socket
-                _prepare(connected)
+                prepare_tcp(connected)
                 stream = TlsStream(connected, self._client_context, server_side=False)
                 try:
                     return await _open_as_client(stream, join_address(host, port))
@@ -285,28 +245,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error.__cause__, BaseExceptionGroup):  # one error for each address that was tried
         return "; ".join(dict.fromkeys(str(tried) for tried in error.__cause__.exceptions))
     return str(error)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    if host in ("", "::") and socket.has_dualstack_ipv6():
-        try:
-            return socket.create_server(
-                ("::", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
-            )
-        except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:  # IPv6 is there, but switched off
-                raise
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host or "0.0.0.0", port), family=family, backlog=_BACKLOG)
-
-
-def _dialable(bound: socket.socket | trio.socket.SocketType) -> list[str]:
-    host, port = bound.getsockname()[:2]
-    match host:
-        case "0.0.0.0":
-            hosts = interface_addresses(versions=frozenset({4}))
-        case "::":
-            hosts = interface_addresses(versions=frozenset({4, 6}))
-        case _:
-            hosts = [host]
-    return [join_address(each, port) for each in hosts]
