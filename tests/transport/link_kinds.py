@@ -11,7 +11,9 @@ from typing import Any
 
 import trio
 
+from knode.identity import KeyPair
 from knode.transport import Carrier, Link
+from knode.transport.libp2p_carrier import Libp2pCarrier
 from knode.transport.memory import MemoryLink, MemoryNetwork, MemorySettings
 from knode.transport.websocket import WebSocketCarrier
 from knode.transport.websocket_link import WebSocketLink
@@ -64,6 +66,18 @@ async def _websocket_garble(link: WebSocketLink) -> None:
     await link._stream.flush()
 
 
+def _libp2p_carriers(_: Path) -> tuple[Carrier, Carrier]:
+    return Libp2pCarrier(KeyPair(bytes(32)), SilentLog()), Libp2pCarrier(KeyPair(b"1" * 32), SilentLog())
+
+
+def _libp2p_sever(link: Any) -> None:
+    link.connection.abort()
+
+
+async def _libp2p_garble(link: Any) -> None:
+    await link._stream.write(b"\xff" * 1000)
+
+
 def _memory_carriers(_: Path) -> tuple[Carrier, Carrier]:
     network = MemoryNetwork(SeededRandomness(1), MemorySettings(delay_seconds=(0, 0.0005)))
     return network.carrier("a"), network.carrier("b")
@@ -75,6 +89,7 @@ def _memory_sever(link: MemoryLink) -> None:
 
 KINDS = [
     Kind("websocket", _websocket_carriers, "127.0.0.1", _websocket_sever, _websocket_garble),
+    Kind("libp2p", _libp2p_carriers, "127.0.0.1", _libp2p_sever, _libp2p_garble),
     Kind("memory", _memory_carriers, "", _memory_sever, None),
 ]
 

@@ -27,6 +27,11 @@ def numbered(number: int, size: int) -> bytes:
     return random.Random(number).randbytes(size)
 
 
+def port_of(address: str) -> int:
+    """The port in `host:port` or in `/ip4/…/tcp/port/p2p/…`."""
+    return int(address.split("/")[4] if address.startswith("/") else address.rpartition(":")[2])
+
+
 async def receive_until_closed(link: Link) -> list[bytes]:
     frames = []
     with trio.fail_after(LIMIT_SECONDS):
@@ -446,7 +451,7 @@ async def test_a_dial_to_nobody_says_why(kind: Kind, certificate: Any) -> None:
 async def test_a_port_is_bound_once_and_free_after(kind: Kind, certificate: Any) -> None:
     _, listening = kind.carriers(certificate)
     listener = await listening.listen(kind.listen_host, 0)
-    port = int(listener.addresses[0].rpartition(":")[2])
+    port = port_of(listener.addresses[0])
     with pytest.raises(KnodeError) as raised:
         await listening.listen(kind.listen_host, port)
     assert raised.value.code is Code.PORT_IN_USE
