@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 from memory_cell import cell
@@ -10,5 +11,9 @@ __all__ = ["cell"]
 
 
 def pytest_configure() -> None:
-    """End at SIGTERM as at Ctrl-C: fixtures then stop the processes and unmount the disks that they made."""
+    """End at SIGTERM as at Ctrl-C: fixtures then stop the processes and unmount the disks that they made.
+
+    No daemon of a test speaks to the machine's own network.
+    """
+    os.environ["KNODE_DISCOVERY_MDNS"] = "false"
     signal.signal(signal.SIGTERM, signal.default_int_handler)

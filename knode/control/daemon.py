@@ -25,6 +25,7 @@ from knode.identity import PublicKey
 from knode.node.node import Machine, Node
 from knode.transport import Carrier
 from knode.transport.certificate import make_certificate
+from knode.transport.mdns import MulticastDns
 from knode.transport.partition import Partition, PartitionedCarrier
 from knode.transport.websocket import WebSocketCarrier
 from knode.world import World
@@ -76,7 +77,8 @@ async def _serve(world: World, home: Home, configuration: Configuration, log: Op
         partition = Partition(settings.testnet.cut_off_from) if settings.testnet.faults else None
         if partition is not None:
             carriers = {name: PartitionedCarrier(each, partition) for name, each in carriers.items()}
-        node = await Node.open(world, home, settings, carriers, machine, log.logger)
+        announcer = MulticastDns(world.randomness.token(20).hex()) if settings.discovery.mdns else None
+        node = await Node.open(world, home, settings, carriers, machine, log.logger, announcer=announcer)
         if partition is not None:
             _tell_owners(partition, node)
             nursery.start_soon(partition.run)

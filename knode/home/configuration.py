@@ -66,6 +66,12 @@ class MeshSettings(Struct, frozen=True, forbid_unknown_fields=True):
     dead_after_s: Annotated[float, Meta(ge=0.2, le=600.0)] = 3.0
 
 
+class DiscoverySettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """`discovery.*`: how nodes find each other where no address of theirs is known."""
+
+    mdns: bool = True
+
+
 class TestnetSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """`testnet.*`: what `knode testnet` writes into the homes that it makes."""
 
@@ -81,6 +87,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     tasks: TaskSettings = TaskSettings()
     sandbox: SandboxSettings = SandboxSettings()
     mesh: MeshSettings = MeshSettings()
+    discovery: DiscoverySettings = DiscoverySettings()
     testnet: TestnetSettings = TestnetSettings()
 
 

@@ -13,6 +13,7 @@ from knode.klp.codec import Decoder
 from knode.mesh.contact import SignedContact, open_contact
 from knode.mesh.conversation import Conversation
 from knode.mesh.dialling import race
+from knode.mesh.discovery import Discovery
 from knode.mesh.gossip import Gossip, Signed, fitting, telling_order
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
@@ -34,6 +35,8 @@ from knode.mesh.words import four_words
 from knode.world import Monotonic, World
 
 JOIN_S = 15.0
+FIND_S = 3.0
+"""How long an inviter that has moved is looked for on the local network."""
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True):
@@ -65,12 +68,19 @@ class Joining:
     """Both sides of a join."""
 
     def __init__(
-        self, world: World, membership: Membership, peers: Peers, gossip: Gossip, methods: Methods
+        self,
+        world: World,
+        membership: Membership,
+        peers: Peers,
+        gossip: Gossip,
+        methods: Methods,
+        discovery: Discovery | None = None,
     ) -> None:
         self._world = world
         self._membership = membership
         self._peers = peers
         self._gossip = gossip
+        self._discovery = discovery
         methods.add("roster.join", Join, self._grant, roles=frozenset(), before_sync=True)
 
     async def join(self, ticket: Ticket, name: str, contact: SignedContact) -> Welcome:
@@ -109,7 +119,10 @@ class Joining:
         return Welcome(self._membership.own, four_words(conversation.established.session_id))
 
     async def _reach(self, ticket: Ticket) -> tuple[Peer, Conversation]:
-        """Open a conversation with the inviter, over the way of the ticket that answers first."""
+        """Open a conversation with the inviter, over the way of the ticket that answers first.
+
+        When none does, it may have moved since it invited: then where it is heard on the local network.
+        """
         reached: list[tuple[Peer, Conversation]] = []
         failed: dict[Way, KnodeError] = {}
         ways = self._peers.ways_to(ticket.addresses)
@@ -124,12 +137,17 @@ class Joining:
             return bool(reached)
 
         await race(ways, attempt, is_over=lambda: bool(reached))
+        if not reached and self._discovery is not None:
+            heard = await self._discovery.find(ticket.inviter_key.node_id, within_s=FIND_S)
+            await race(self._peers.ways_to(heard), attempt, is_over=lambda: bool(reached))
         for _, surplus in reached[1:]:
             surplus.close("another way was faster")
         if reached:
             return reached[0]
         # At an address of the local network another node may answer; what the inviter said counts more.
-        for error in sorted(failed.values(), key=lambda error: error.code is Code.UNKNOWN_PEER):
+        # What is said where somebody only claims that it is counts nothing.
+        said = [failed[way] for way in ways if way in failed]
+        for error in sorted(said, key=lambda error: error.code is Code.UNKNOWN_PEER):
             if error.code is not Code.UNAVAILABLE:
                 raise error
         tried = "; ".join(f"{way}: {error.message}" for way, error in failed.items())

@@ -18,6 +18,7 @@ from knode.identity import KeyPair, PublicKey
 from knode.identity.keystore import load_key
 from knode.klp.messages import Load
 from knode.mesh.contact import MAX_ADDRESSES, Contact, SignedContact, sign_contact
+from knode.mesh.discovery import Announcer, Discovery
 from knode.mesh.gossip import Gossip
 from knode.mesh.joining import Joining, Welcome
 from knode.mesh.membership import SCHEMA as MESH_SCHEMA
@@ -68,6 +69,7 @@ class Node:
         owner_key: KeyPair | None,
         carriers: Mapping[str, Carrier],
         machine: Machine,
+        announcer: Announcer | None,
         log: Log,
     ) -> None:
         self.world = world
@@ -91,7 +93,12 @@ class Node:
             load=self._load,
         )
         self.gossip = Gossip(world, self.membership, self.peers, self.methods, log)
-        self.joining = Joining(world, self.membership, self.peers, self.gossip, self.methods)
+        self.discovery: Discovery | None = None
+        if announcer is not None:
+            self.discovery = Discovery(
+                world, self.membership, self.peers, announcer, lambda: self._listened, log
+            )
+        self.joining = Joining(world, self.membership, self.peers, self.gossip, self.methods, self.discovery)
         self.pinging = Pinging(world, self.methods)
         self.registry = Registry(world, home.agents, key, self._is_publisher_trusted)
         self.runner = Runner(world, self.registry, machine.sandbox, home.attempts)
@@ -122,8 +129,19 @@ class Node:
         carriers: Mapping[str, Carrier],
         machine: Machine,
         log: Log,
+        *,
+        announcer: Announcer | None = None,
     ) -> Node:
         """Read the node's home; nothing is sent or listened to yet.
+
+        Args:
+            world: what it takes from outside.
+            home: its folder.
+            settings: its configuration.
+            carriers: its kinds of links by name.
+            machine: what the machine can do.
+            log: where it says what happens.
+            announcer: how it finds others on the local network; None: not at all.
 
         Raises:
             KnodeError: HOME_DAMAGED, HOME_TOO_NEW, LOCKED, DISK_FULL, DISK_READ_ONLY.
@@ -132,7 +150,7 @@ class Node:
         owner_key = load_key(world, home.owner_key) if world.disk.exists(home.owner_key) else None
         database = await open_database(world, home)
         try:
-            node = cls(world, home, settings, database, key, owner_key, carriers, machine, log)
+            node = cls(world, home, settings, database, key, owner_key, carriers, machine, announcer, log)
             await node.membership.load()
             await world.blocking.run(node.registry.load)
         except BaseException:
@@ -177,6 +195,8 @@ class Node:
             await nursery.start(self.peers.run, self._listeners)
             nursery.start_soon(self.gossip.run)
             nursery.start_soon(self._keep_contact)
+            if self.discovery is not None:
+                nursery.start_soon(self.discovery.run)
             self.log.info("node is up", node=self.key.node_id, addresses=self.addresses)
             up.set()
             await self._going_down.wait()
@@ -187,7 +207,11 @@ class Node:
     def addresses(self) -> tuple[str, ...]:
         """Where others can dial this node: what was configured, else what it listens on."""
         advertised = self.settings.node.advertise
-        return advertised or tuple(a for listener in self._listeners for a in listener.addresses)
+        return advertised or self._listened
+
+    @property
+    def _listened(self) -> tuple[str, ...]:
+        return tuple(a for listener in self._listeners for a in listener.addresses)
 
     @property
     def dropped(self) -> int:

@@ -1,0 +1,73 @@
+"""A local network of network namespaces on a bridge, for tests that multicast (Linux, root, iproute2)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+_numbers = itertools.count()
+
+
+class LocalNetwork:
+    """Machines on one Ethernet without any other network; each is a network namespace."""
+
+    def __init__(self, name: str) -> None:
+        self.bridge = f"{name}br"
+        self.machines: list[str] = []
+        self._name = name
+        self._ip("link", "add", self.bridge, "type", "bridge", "mcast_snooping", "0")
+        self._ip("link", "set", self.bridge, "up")
+
+    def machine(self, *addresses: str) -> str:
+        """Add a machine with these addresses (`10.99.0.1/24`) and return its namespace."""
+        number = len(self.machines)
+        machine, wire = f"{self._name}m{number}", f"{self._name}w{number}"
+        self._ip("netns", "add", machine)
+        self.machines.append(machine)
+        self._ip("link", "add", wire, "type", "veth", "peer", "name", "eth0", "netns", machine)
+        self._ip("link", "set", wire, "master", self.bridge, "up")
+        self._ip("-n", machine, "link", "set", "lo", "up")
+        self._ip("-n", machine, "link", "set", "eth0", "up")
+        self.move(machine, *addresses)
+        return machine
+
+    def move(self, machine: str, *addresses: str) -> None:
+        """Give a machine other addresses, in place of those it has."""
+        self._ip("-n", machine, "addr", "flush", "dev", "eth0")
+        for address in addresses:
+            duplicates = ["nodad"] if ":" in address else []
+            self._ip("-n", machine, "addr", "add", address, "dev", "eth0", *duplicates)
+
+    def on(self, machine: str, *words: str) -> list[str]:
+        """Return the command line that runs `words` on a machine."""
+        return ["ip", "netns", "exec", machine, *words]
+
+    def close(self) -> None:
+        """Remove everything."""
+        for machine in self.machines:
+            self._ip("netns", "del", machine)
+        self._ip("link", "del", self.bridge)
+
+    def _ip(self, *words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=60)
+
+
+@contextlib.contextmanager
+def local_network() -> Iterator[LocalNetwork]:
+    """Make a local network; the test is skipped where namespaces cannot be made."""
+    if shutil.which("ip") is None:
+        pytest.skip("no network namespaces: there is no 'ip' (iproute2)")
+    try:
+        network = LocalNetwork(f"k{os.getpid() % 100_000}n{next(_numbers)}")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces: {error.stderr.strip()}")
+    try:
+        yield network
+    finally:
+        network.close()

@@ -1,0 +1,141 @@
+"""Multicast DNS between network namespaces: with itself, with libp2p's browser, and where it cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+from local_network import LocalNetwork, local_network
+from real_processes import PATIENCE_S, Process
+
+from knode.identity import KeyPair
+from knode.mesh.announcement import write_announcement
+
+NODE = KeyPair(bytes(32)).public.node_id
+TEXT = write_announcement(NODE, ("10.99.0.1:4747", f"/ip4/10.99.0.1/tcp/4748/p2p/{NODE}"))
+OTHER = KeyPair(bytes([1]) * 32).public.node_id
+
+SPEAKER = """
+import sys, trio
+from knode.errors import KnodeError
+from knode.transport.mdns import MulticastDns
+
+name, text, *hosts = sys.argv[1:]
+
+async def main():
+    try:
+        await MulticastDns(name * 32).run(
+            bytes.fromhex(text), hosts, 4747, lambda heard: print("heard", heard.hex(), flush=True)
+        )
+    except* KnodeError as group:
+        print("failed", group.exceptions[0].code, flush=True)
+
+trio.run(main)
+"""
+
+LIBP2P_BROWSER = """
+from libp2p.discovery.events.peerDiscovery import peerDiscovery
+from libp2p.discovery.mdns.listener import PeerListener
+from libp2p.peer.peerstore import PeerStore
+from zeroconf import Zeroconf
+import time
+
+def found(info):
+    print("found", info.peer_id, *info.addrs, flush=True)
+
+peerDiscovery.register_peer_discovered_handler(found)
+listener = PeerListener(PeerStore(), Zeroconf(), "_p2p._udp.local.", "me._p2p._udp.local.")
+time.sleep(600)
+"""
+
+PORT_TAKER = """
+import socket, time
+taker = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+taker.bind(("", 5353))
+print("taken", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def network() -> Iterator[LocalNetwork]:
+    with local_network() as made:
+        yield made
+
+
+def start(network: LocalNetwork, machine: str, program: str, *words: str) -> Process:
+    return Process(
+        network.on(machine, sys.executable, "-c", program, *words),
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def line(process: Process) -> list[str]:
+    """Return the next line that a process writes, in words; it has a minute."""
+    assert process.stdout is not None
+    impatience = threading.Timer(PATIENCE_S, process.kill)
+    impatience.start()
+    try:
+        return process.stdout.readline().split()
+    finally:
+        impatience.cancel()
+
+
+def hears(process: Process, *texts: bytes) -> bool:
+    """Wait until a speaker has heard all these texts, and nothing else."""
+    missing = set(texts)
+    while missing:
+        word, text = line(process)
+        assert word == "heard"
+        assert bytes.fromhex(text) in texts
+        missing.discard(bytes.fromhex(text))
+    return True
+
+
+def test_two_machines_hear_each_other_and_themselves_over_both_kinds_of_ip(network: LocalNetwork) -> None:
+    first = network.machine("10.99.0.1/24", "fd99::1/64", "fd99::11/64")
+    second = network.machine("10.99.0.2/24", "fd99::2/64")
+    other = write_announcement(OTHER, ("10.99.0.2:4747",))
+    with (
+        start(network, first, SPEAKER, "a", TEXT.hex(), "10.99.0.1", "fd99::1", "fd99::11") as a,
+        start(network, second, SPEAKER, "b", other.hex(), "10.99.0.2", "fd99::2") as b,
+    ):
+        assert hears(a, TEXT, other)
+        assert hears(b, TEXT, other)
+
+
+def test_machines_with_ipv6_alone_hear_each_other(network: LocalNetwork) -> None:
+    first, second = network.machine("fd99::1/64"), network.machine("fd99::2/64")
+    other = write_announcement(OTHER, ("[fd99::2]:4747",))
+    with (
+        start(network, first, SPEAKER, "a", TEXT.hex(), "fd99::1") as a,
+        start(network, second, SPEAKER, "b", other.hex(), "fd99::2") as b,
+    ):
+        assert hears(a, TEXT, other)
+        assert hears(b, TEXT, other)
+
+
+def test_the_libp2p_library_finds_the_node_at_its_libp2p_address_alone(network: LocalNetwork) -> None:
+    first, second = network.machine("10.99.0.1/24"), network.machine("10.99.0.2/24")
+    with (
+        start(network, first, SPEAKER, "a", TEXT.hex(), "10.99.0.1"),
+        start(network, second, LIBP2P_BROWSER) as browser,
+    ):
+        assert line(browser) == ["found", NODE, "/ip4/10.99.0.1/tcp/4748"]
+
+
+def test_a_machine_that_cannot_multicast_says_so(network: LocalNetwork) -> None:
+    machine = network.machine("10.99.0.1/24")
+    with start(network, machine, PORT_TAKER) as taker:
+        assert line(taker) == ["taken"]
+        with start(network, machine, SPEAKER, "a", TEXT.hex(), "10.99.0.1") as speaker:
+            assert line(speaker) == ["failed", "UNAVAILABLE"]
+            assert speaker.wait(60) == 0
+    with start(network, machine, SPEAKER, "a", TEXT.hex(), "10.99.0.77") as speaker:
+        assert line(speaker) == ["failed", "UNAVAILABLE"]
