@@ -96,12 +96,24 @@ def words(four: Sequence[str]) -> str:
     return f"words   {printable(' '.join(four))}   (the other machine must show the same)"
 
 
+_PATHS = {None: None, False: "direct", True: "relayed"}
+
+
 def peers(document: Sequence[Document]) -> str:
     """Show one peer a line."""
     return table(
-        ("peer", "id", "role", "state", "link", "address", "rtt"),
+        ("peer", "id", "role", "state", "link", "path", "address", "rtt"),
         (
-            (p["name"], _short(p["id"]), p["role"], p["state"], p["link"], p["address"], _ms(p["rtt_ms"]))
+            (
+                p["name"],
+                _short(p["id"]),
+                p["role"],
+                p["state"],
+                p["link"],
+                _PATHS[p["relayed"]],
+                p["address"],
+                _ms(p["rtt_ms"]),
+            )
             for p in document
         ),
     )
@@ -114,7 +126,8 @@ def ping(document: Document) -> str:
     lines = [f"{_cell(document['name'])} over {_cell(via)}: {_ms(time)}" for time in times]
     total = len(times) + document["lost"]
     middle = f", median {_ms(sorted(times)[len(times) // 2])}" if times else ""
-    return "\n".join([*lines, f"{len(times)} of {total} answered{middle}"])
+    why = _cell(document["why"])
+    return "\n".join([*lines, f"{len(times)} of {total} answered{middle}", f"link: {why}"])
 
 
 def members(document: Sequence[Document]) -> str:

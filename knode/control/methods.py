@@ -155,7 +155,7 @@ class ControlMethods:
             if rtt_s is not None:
                 times.append(round(rtt_s * 1000, 3))
         document = peer_document(self._node, member)
-        picked = {key: document[key] for key in ("id", "name", "link", "address")}
+        picked = {key: document[key] for key in ("id", "name", "link", "relayed", "address", "why")}
         return picked | {"rtt_ms": times, "lost": of.count - len(times)}
 
     async def _list_members(self, _: Nothing, notify: Notify) -> Any:

@@ -10,7 +10,7 @@ import trio
 from knode.errors import Code, KnodeError
 from knode.mesh.membership import Membership
 from knode.mesh.peer import Peer
-from knode.mesh.ways import Way, quality_of, ways_to
+from knode.mesh.ways import SCOPE_NAMES, Way, quality_of, scope_of_link, ways_to
 from knode.transport import Carrier
 from knode.world import Log, World
 
@@ -105,6 +105,22 @@ class Dialling:
     def failure(self, peer: Peer, way: Way) -> str | None:
         """Return why a way could not be taken when it was tried last; None when it could, or was not."""
         return self._failures.get(peer.key.raw, {}).get(way)
+
+    def explain(self, peer: Peer) -> str:
+        """Say, for people, why the link in use is the one, or why there is none."""
+        failures = self._failures.get(peer.key.raw, {})
+        ways = self.ways(peer)
+        conversation = peer.conversation
+        if conversation is None:
+            tried = [f"{way} ({failures.get(way, 'not tried yet')})" for way in ways]
+            return "; ".join(tried) or "no address of it is known"
+        where = f"{conversation.link.carrier} {SCOPE_NAMES[scope_of_link(conversation.link)]}"
+        better = _better_than_now(peer, ways)
+        if not better:
+            return f"{where}: no better way is known"
+        return f"{where}: " + "; ".join(
+            f"{w} is better but {failures.get(w, 'not tried yet')}" for w in better
+        )
 
     async def _keep(self, peer: Peer) -> None:
         backoff_s = BACKOFF_FIRST_S

@@ -51,6 +51,7 @@ def member_document(node: Node, member: Member) -> dict[str, Any]:
         "role": member.role,
         "state": PeerState.ALIVE if peer is None else peer.state,
         "link": None,
+        "relayed": None,
         "rtt_ms": None,
     }
     return document | (_link(peer) if peer is not None else {})
@@ -67,6 +68,7 @@ def peer_document(node: Node, member: Member) -> dict[str, Any]:
     return document | {
         "address": conversation.link.remote_address if conversation else None,
         "addresses": list(contact.body.addresses) if contact else [],
+        "why": node.peers.dialling.explain(peer),
         "version": contact.body.version if contact else None,
         "agents": sorted(node.offers.of(member.key)),
         "load": None
@@ -85,7 +87,11 @@ def _link(peer: Peer) -> dict[str, Any]:
     if conversation is None:
         return {}
     rtt_s = conversation.rtt_s
-    return {"link": conversation.link.carrier, "rtt_ms": None if rtt_s is None else round(rtt_s * 1000, 3)}
+    return {
+        "link": conversation.link.carrier,
+        "relayed": conversation.link.relayed,
+        "rtt_ms": None if rtt_s is None else round(rtt_s * 1000, 3),
+    }
 
 
 def _warnings(node: Node) -> list[str]:

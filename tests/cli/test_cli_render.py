@@ -74,9 +74,18 @@ def test_status_shows_the_members_and_the_warnings() -> None:
     ("times", "lost", "summary"),
     [([1.0, 3.0, 2.0], 1, "3 of 4 answered, median 2.0 ms"), ([], 2, "0 of 2 answered")],
 )
-def test_a_ping_ends_with_its_summary(times: list[float], lost: int, summary: str) -> None:
-    document = {"id": "x", "name": "pi", "link": "websocket", "address": "a:1", "rtt_ms": times, "lost": lost}
-    assert render.ping(document).splitlines()[-1] == summary
+def test_a_ping_ends_with_its_summary_and_the_reason_for_the_link(
+    times: list[float], lost: int, summary: str
+) -> None:
+    document = {"id": "x", "name": "pi", "link": "quic", "address": "a:1", "rtt_ms": times, "lost": lost}
+    lines = render.ping(document | {"why": "no better way is known"}).splitlines()
+    assert lines[-2:] == [summary, "link: no better way is known"]
+
+
+@pytest.mark.parametrize(("relayed", "path"), [(True, "relayed"), (False, "direct"), (None, "-")])
+def test_a_peer_is_reached_directly_or_through_a_relay(relayed: bool | None, path: str) -> None:
+    peer = dict.fromkeys(("id", "name", "role", "state", "link", "address"), "x") | {"rtt_ms": None}
+    assert render.peers([peer | {"relayed": relayed}]).splitlines()[-1].split()[5] == path
 
 
 def test_progress_names_the_node_the_share_and_what_was_left_out() -> None:

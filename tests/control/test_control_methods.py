@@ -116,7 +116,7 @@ async def test_status_tells_the_whole_picture(autojump_clock: MockClock, cell: C
     assert all(count > 0 for count in status["process"].values())
     assert {TEXT, COMMAND} <= set(status["agents"])
     members = {member["name"]: member for member in status["members"]}
-    assert set(members["desk"]) == {"node_id", "name", "role", "state", "link", "rtt_ms"}
+    assert set(members["desk"]) == {"node_id", "name", "role", "state", "link", "relayed", "rtt_ms"}
     assert (members["desk"]["state"], members["attic"]["state"]) == ("alive", "alive")
     assert members["attic"]["node_id"] == attic.node.key.node_id
     await cell.stop(attic)
