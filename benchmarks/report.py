@@ -45,9 +45,14 @@ def table(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in [_HEADINGS, *cells]) for column in range(len(_HEADINGS))]
-    lines = [_HEADINGS, tuple("-" * width for width in widths), *cells]
+    return aligned([_HEADINGS, *cells])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells as columns; the first line are the headings."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    headings, *rest = lines
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
+        for line in [headings, ["-" * width for width in widths], *rest]
     )
