@@ -102,7 +102,9 @@ TABLE: dict[Code, Meaning] = {
     Code.NON_CANONICAL: Meaning("an encoding that is not the shortest and only one", False, EXIT_FAILED),
     Code.NOT_ALLOWED: Meaning("the asking key may not do this", False, EXIT_NOT_ALLOWED),
     Code.NOT_FOUND: Meaning("no such thing", False, EXIT_NOT_FOUND),
-    Code.NOT_RECIPIENT: Meaning("addressed to another node or session", False, EXIT_FAILED),
+    Code.NOT_RECIPIENT: Meaning(
+        "addressed to another node or session, or another node answers there", False, EXIT_FAILED
+    ),
     Code.NOT_RUNNING: Meaning("no daemon answers for this home", False, EXIT_NOT_RUNNING),
     Code.NO_AGENT: Meaning("the node does not have this agent, or has it stopped", False, EXIT_NOT_FOUND),
     Code.NO_CREDIT: Meaning("more bulk data than the receiver allowed", False, EXIT_FAILED),
@@ -120,9 +122,7 @@ TABLE: dict[Code, Meaning] = {
     Code.TOO_LARGE: Meaning("over a size limit", False, EXIT_FAILED),
     Code.UNAVAILABLE: Meaning("cannot be reached or done now", True, EXIT_FAILED),
     Code.UNKNOWN: Meaning("nobody can say whether it was done", False, EXIT_FAILED),
-    Code.UNKNOWN_PEER: Meaning(
-        "not a member of this cell, or not the node that was expected", False, EXIT_NOT_ALLOWED
-    ),
+    Code.UNKNOWN_PEER: Meaning("not a member of this cell", False, EXIT_NOT_ALLOWED),
     Code.UNSUPPORTED_VERSION: Meaning("no version of the protocol in common", False, EXIT_FAILED),
     Code.WRONG_NETWORK: Meaning("a member of another cell", False, EXIT_NOT_ALLOWED),
 }

@@ -220,7 +220,7 @@ class Initiator:
     """The end that dialled.
 
     Args:
-        expected_peer: the node that was dialled; any other is UNKNOWN_PEER.
+        expected_peer: the node that was dialled; any other is NOT_RECIPIENT.
         channel_binding: of the link, 32 bytes.
         nonce: 32 random bytes, for this handshake alone.
         ticket: the ticket's key pair, when the node joins.
@@ -267,7 +267,7 @@ class Initiator:
         welcome = _WELCOME.decode(body)
         theirs = welcome.hello
         if theirs.key != self._expected_peer.raw:
-            raise KnodeError(Code.UNKNOWN_PEER, "another node answers at this address")
+            raise KnodeError(Code.NOT_RECIPIENT, "another node answers at this address")
         if theirs.ticket:
             raise KnodeError(Code.BAD_FRAME, "a responder has no ticket")
         _check_channel(self._hello, theirs)
@@ -333,7 +333,7 @@ class Responder:
             self._version = _highest_common(self._hello, theirs)
             _check_cell(self._hello, theirs)
             if theirs.key == self._key.public.raw:
-                raise KnodeError(Code.UNKNOWN_PEER, "a node does not connect to itself")
+                raise KnodeError(Code.NOT_RECIPIENT, "a node does not connect to itself")
             self._admit(theirs)
         except KnodeError as error:
             self._progress.close(error)

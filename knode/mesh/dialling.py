@@ -24,8 +24,9 @@ HEAD_START_S = 0.3
 """How much earlier the smaller key dials, and a better way is tried before a worse one."""
 NEXT_EQUAL_S = 0.05
 """How much earlier the first of two equal ways is tried: the faster answer wins."""
-DIALS_AT_ONCE = 8
-"""To one peer."""
+DIALS_AT_ONCE = 24
+"""To one peer: more than there are ways to addresses that anybody may claim, so that whoever answers there
+and says nothing does not hold up the others."""
 BETTER_FIRST_S = 30.0
 BETTER_LONGEST_S = 600.0
 """Between attempts to find a better way than the one in use."""
@@ -34,6 +35,8 @@ CLAIMED_ADDRESSES = 8
 CLAIM_EVERY_S = 5.0
 """Claims lead to a dial of a member at most so often: anybody on the network can make them."""
 MAX_ADDRESS_LENGTH = 261
+_NOT_THERE = (Code.UNAVAILABLE, Code.NOT_RECIPIENT)
+"""Nobody answers at an address, or another node does: the peer has refused nothing."""
 
 
 class Dialling:
@@ -98,9 +101,8 @@ class Dialling:
 
     def ways(self, peer: Peer) -> list[Way]:
         """Return every known way to a peer, best first."""
-        contact = self._membership.contacts.get(peer.key.raw)
-        told = contact.body.addresses if contact is not None else ()
-        return ways_to((*told, *self._claimed.get(peer.key.raw, ())), self._carriers)
+        claimed = self._claimed.get(peer.key.raw, ())
+        return ways_to((*self._told(peer), *claimed), self._carriers)
 
     def failure(self, peer: Peer, way: Way) -> str | None:
         """Return why a way could not be taken when it was tried last; None when it could, or was not."""
@@ -121,6 +123,11 @@ class Dialling:
         return f"{where}: " + "; ".join(
             f"{w} is better but {failures.get(w, 'not tried yet')}" for w in better
         )
+
+    def _told(self, peer: Peer) -> tuple[str, ...]:
+        """Return the addresses that the peer itself told."""
+        contact = self._membership.contacts.get(peer.key.raw)
+        return contact.body.addresses if contact is not None else ()
 
     async def _keep(self, peer: Peer) -> None:
         backoff_s = BACKOFF_FIRST_S
@@ -166,7 +173,8 @@ class Dialling:
         try:
             await self._open_conversation(peer, way)
         except KnodeError as error:
-            if error.code is not Code.UNAVAILABLE:
+            # A refusal is not signed: only at an address of its own is it taken for the peer's.
+            if error.code not in _NOT_THERE and way.address in self._told(peer):
                 peer.refusal = error
             known = set(self.ways(peer))
             for gone in [old for old in failures if old not in known]:

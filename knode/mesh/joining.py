@@ -91,7 +91,7 @@ class Joining:
 
         Raises:
             KnodeError: UNAVAILABLE when no address answers; TICKET_INVALID, TICKET_USED, TICKET_EXPIRED,
-                UNKNOWN_PEER (another node answers there), CHANNEL_MISMATCH, HOME_EXISTS.
+                NOT_RECIPIENT (another node answers there), CHANNEL_MISMATCH, HOME_EXISTS.
         """
         if self._membership.in_cell:
             raise KnodeError(
@@ -147,7 +147,7 @@ class Joining:
         # At an address of the local network another node may answer; what the inviter said counts more.
         # What is said where somebody only claims that it is counts nothing.
         said = [failed[way] for way in ways if way in failed]
-        for error in sorted(said, key=lambda error: error.code is Code.UNKNOWN_PEER):
+        for error in sorted(said, key=lambda error: error.code is Code.NOT_RECIPIENT):
             if error.code is not Code.UNAVAILABLE:
                 raise error
         tried = "; ".join(f"{way}: {error.message}" for way, error in failed.items())

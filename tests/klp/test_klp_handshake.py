@@ -118,11 +118,11 @@ def test_versions_out_of_order_or_bounds_are_a_bad_frame(versions: tuple[int, ..
 
 
 def test_another_node_at_the_address_is_refused() -> None:
-    refuses(Code.UNKNOWN_PEER, lambda: shake(initiator(), responder(MALLORY)))
+    refuses(Code.NOT_RECIPIENT, lambda: shake(initiator(), responder(MALLORY)))
 
 
 def test_a_node_does_not_shake_hands_with_itself() -> None:
-    refuses(Code.UNKNOWN_PEER, lambda: shake(initiator(BOB), responder(BOB)))
+    refuses(Code.NOT_RECIPIENT, lambda: shake(initiator(BOB), responder(BOB)))
 
 
 def test_an_honest_proxy_that_ends_tls_is_a_channel_mismatch_on_both_sides() -> None:
