@@ -13,6 +13,7 @@ import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from knode.errors import Code, KnodeError
 from knode.world import WallTime
 
 _NAME = "knode"
@@ -85,3 +86,22 @@ def certificate_of(pem: str) -> bytes:
 def channel_binding(certificate: bytes) -> bytes:
     """Return the 32 bytes that name a channel to the owner of `certificate` (DER)."""
     return hashlib.sha256(certificate).digest()
+
+
+def binding_of(path: Path) -> bytes:
+    """Return the channel binding of the certificate in the file that `make_certificate` gave.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no certificate.
+    """
+    return channel_binding(certificate_of(path.read_text()))
+
+
+def damaged(path: Path, error: Exception) -> KnodeError:
+    """Return the error for a certificate's file that cannot be used."""
+    return KnodeError(
+        Code.HOME_DAMAGED,
+        f"{path} holds no TLS key and certificate ({error})",
+        "remove it: the next start makes a new one",
+    )

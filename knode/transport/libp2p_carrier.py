@@ -14,9 +14,10 @@ import trio
 
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
+from knode.transport.binding import dialable
 from knode.transport.libp2p_address import direct_address, parse_peer_address
 from knode.transport.link import Accept, Link, LinkClosed
-from knode.transport.tcp import bind_tcp, dialable
+from knode.transport.tcp import bind_tcp
 from knode.world import Log
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Libp2pListener:
         with suppress(OSError):  # closed, or no descriptor left to ask the system with: as they were
             self._direct = [
                 direct_address(host, port, self._carrier.node_id)
-                for host, port in dialable(self._listening.socket)
+                for host, port in dialable(self._listening.socket.getsockname())
             ]
         return self._direct
 

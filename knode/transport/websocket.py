@@ -24,11 +24,18 @@ from websockets.uri import parse_uri
 
 from knode.errors import Code, KnodeError
 from knode.transport.address import is_host_and_port, join_address, split_address
-from knode.transport.certificate import certificate_of, channel_binding, client_context, server_context
+from knode.transport.binding import dialable
+from knode.transport.certificate import (
+    binding_of,
+    channel_binding,
+    client_context,
+    damaged,
+    server_context,
+)
 from knode.transport.link import MAX_FRAME_BYTES, Accept, LinkClosed
 from knode.transport.openings import Openings
 from knode.transport.strangers import StrangerLines
-from knode.transport.tcp import bind_tcp, dialable, prepare_tcp
+from knode.transport.tcp import bind_tcp, prepare_tcp
 from knode.transport.tls import TlsStream
 from knode.transport.websocket_link import WebSocketLink, send_queued
 from knode.world import Log
@@ -138,7 +145,7 @@ class WebSocketListener:
         return self._addresses
 
     def _dialable(self) -> list[str]:
-        return [join_address(host, port) for host, port in dialable(self._listening.socket)]
+        return [join_address(host, port) for host, port in dialable(self._listening.socket.getsockname())]
 
     async def serve(self, accept: Accept) -> None:
         """Accept links; see `Listener.serve`. After `aclose`, returns when the last link is done."""
@@ -207,13 +214,9 @@ class WebSocketCarrier:
         """Bind; see `Carrier.listen`, and `bind_tcp`."""
         try:
             context = server_context(self._certificate_path)
-            binding = channel_binding(certificate_of(self._certificate_path.read_text()))
+            binding = binding_of(self._certificate_path)
         except (OSError, ValueError) as error:
-            raise KnodeError(
-                Code.HOME_DAMAGED,
-                f"{self._certificate_path} holds no TLS key and certificate ({error})",
-                "remove it: the next start makes a new one",
-            ) from error
+            raise damaged(self._certificate_path, error) from error
         listening = await bind_tcp(host, port, setting="node.port")
         return WebSocketListener(listening, context, binding, self._log)
 

@@ -15,6 +15,9 @@ from knode.identity import KeyPair
 from knode.transport import Carrier, Link
 from knode.transport.libp2p_carrier import Libp2pCarrier
 from knode.transport.memory import MemoryLink, MemoryNetwork, MemorySettings
+from knode.transport.quic import QuicCarrier
+from knode.transport.quic_connection import STREAM
+from knode.transport.quic_link import QuicLink
 from knode.transport.websocket import WebSocketCarrier
 from knode.transport.websocket_link import WebSocketLink
 from knode.world import SilentLog
@@ -87,7 +90,22 @@ def _memory_sever(link: MemoryLink) -> None:
     link._network.break_links(link.host)
 
 
+def _quic_carriers(certificate: Path) -> tuple[Carrier, Carrier]:
+    return QuicCarrier(Path("only listened with"), SilentLog()), QuicCarrier(certificate, SilentLog())
+
+
+def _quic_sever(link: QuicLink) -> None:
+    endpoint = link._pump.__self__
+    endpoint._remove(link)  # as if the machine had lost its memory
+
+
+async def _quic_garble(link: QuicLink) -> None:
+    link.connection.send_stream_data(STREAM, b"\xff" * 1000)
+    link._pump(link)
+
+
 KINDS = [
+    Kind("quic", _quic_carriers, "127.0.0.1", _quic_sever, _quic_garble),
     Kind("websocket", _websocket_carriers, "127.0.0.1", _websocket_sever, _websocket_garble),
     Kind("libp2p", _libp2p_carriers, "127.0.0.1", _libp2p_sever, _libp2p_garble),
     Kind("memory", _memory_carriers, "", _memory_sever, None),

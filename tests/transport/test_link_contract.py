@@ -6,11 +6,12 @@ import hashlib
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from link_kinds import Kind, Pair
+from link_kinds import Kind, Pair, open_pair
 from trio.testing import MockClock
 
 from knode.errors import Code, KnodeError
@@ -133,14 +134,14 @@ async def test_a_peer_that_does_not_read_stops_the_sender(tenfold_clock: MockClo
         @nursery.start_soon
         async def send() -> None:
             nonlocal frames_sent
-            while frames_sent < 1024:
+            while frames_sent < 384:
                 await near.send_frame(frames[frames_sent % len(frames)])
                 frames_sent += 1
 
         sent_bytes = await until_blocked(near)
-        assert sent_bytes < 32 * 1024 * 1024, "64 MiB were to be sent, and nobody read"
+        assert sent_bytes < 16 * 1024 * 1024, "24 MiB were to be sent, and nobody read"
         with trio.fail_after(LIMIT_SECONDS):
-            for number in range(1024):
+            for number in range(384):
                 assert await far.receive_frame() == frames[number % len(frames)]
 
 
@@ -157,8 +158,17 @@ async def test_a_cancelled_receive_loses_nothing(pair: Pair) -> None:
             await trio.lowlevel.checkpoint()
         scope.cancel()
 
+    async def receive(nursery: trio.Nursery, turns: int) -> None:
+        nonlocal cancelled
+        with trio.CancelScope() as scope:
+            nursery.start_soon(cancel_after, turns, scope)
+            received.append(await far.receive_frame())
+        cancelled += scope.cancelled_caught
+
     with trio.fail_after(LIMIT_SECONDS):
         async with trio.open_nursery() as nursery:
+            for turns in range(8):
+                await receive(nursery, turns)  # nothing has been sent: each of them is cancelled
 
             @nursery.start_soon
             async def send() -> None:
@@ -167,13 +177,10 @@ async def test_a_cancelled_receive_loses_nothing(pair: Pair) -> None:
 
             turns = 0
             while len(received) < len(frames):
-                with trio.CancelScope() as scope:
-                    nursery.start_soon(cancel_after, turns, scope)
-                    received.append(await far.receive_frame())
-                cancelled += scope.cancelled_caught
+                await receive(nursery, turns)
                 turns = (turns + 1) % 8
     assert received == frames
-    assert cancelled > 5
+    assert cancelled >= 8
 
 
 async def test_a_cancelled_send_has_not_begun_or_closes_the_link_and_nothing_is_torn(
@@ -239,11 +246,14 @@ async def test_a_blocked_send_can_be_cancelled(tenfold_clock: MockClock, pair: P
         await until_blocked(near)
         nursery.cancel_scope.cancel()
     sent = near.statistics.frames_sent
-    await near.aclose()
-    assert await receive_until_closed(far) == [bytes(64 * 1024)] * sent
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(near.aclose)
+        assert await receive_until_closed(far) == [bytes(64 * 1024)] * sent
 
 
-async def test_a_peer_that_dies_without_a_word_closes_the_link(pair: Pair, kind: Kind) -> None:
+async def test_a_peer_that_dies_without_a_word_closes_the_link(
+    tenfold_clock: MockClock, pair: Pair, kind: Kind
+) -> None:
     near, far = pair
     await far.send_frame(b"my last words")
     with trio.fail_after(LIMIT_SECONDS):
@@ -308,7 +318,7 @@ async def test_closing_waits_at_most_two_seconds_for_a_peer_that_does_nothing(
     near, _ = pair
     started = trio.current_time()
     await near.aclose()
-    assert 1.9 < trio.current_time() - started < 8
+    assert trio.current_time() - started < 8
     with pytest.raises(LinkClosed):
         await near.send_frame(b"too late")
 
@@ -394,23 +404,23 @@ async def receive_one(link: Link) -> bytes:
     return await link.receive_frame()
 
 
-async def test_64_mib_arrive_with_their_digest(pair: Pair) -> None:
-    near, far = pair
+async def test_64_mib_arrive_with_their_digest(kind: Kind, certificate: Path) -> None:
     piece = numbered(7, 256 * 1024)
     pieces = 64 * 1024 * 1024 // len(piece)
     sent, received = hashlib.sha256(), hashlib.sha256()
     with trio.fail_after(LIMIT_SECONDS):
-        async with trio.open_nursery() as nursery:
+        async with open_pair(*kind.carriers(certificate), kind.listen_host) as (near, far):
 
-            @nursery.start_soon
             async def send() -> None:
                 for number in range(pieces):
                     frame = number.to_bytes(4) + piece[4:]
                     sent.update(frame)
                     await near.send_frame(frame)
 
-            for _ in range(pieces):
-                received.update(await far.receive_frame())
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send)
+                for _ in range(pieces):
+                    received.update(await far.receive_frame())
     assert received.digest() == sent.digest()
 
 
@@ -436,7 +446,7 @@ async def test_both_ends_see_the_same_channel(pair: Pair, kind: Kind) -> None:
     assert far.remote_address
 
 
-async def test_a_dial_to_nobody_says_why(kind: Kind, certificate: Any) -> None:
+async def test_a_dial_to_nobody_says_why(kind: Kind, certificate: Path) -> None:
     dialling, listening = kind.carriers(certificate)
     listener = await listening.listen(kind.listen_host, 0)
     [address] = listener.addresses
@@ -448,7 +458,7 @@ async def test_a_dial_to_nobody_says_why(kind: Kind, certificate: Any) -> None:
         assert raised.value.code is Code.UNAVAILABLE
 
 
-async def test_a_port_is_bound_once_and_free_after(kind: Kind, certificate: Any) -> None:
+async def test_a_port_is_bound_once_and_free_after(kind: Kind, certificate: Path) -> None:
     _, listening = kind.carriers(certificate)
     listener = await listening.listen(kind.listen_host, 0)
     port = port_of(listener.addresses[0])
@@ -459,14 +469,14 @@ async def test_a_port_is_bound_once_and_free_after(kind: Kind, certificate: Any)
     await (await listening.listen(kind.listen_host, port)).aclose()
 
 
-async def test_only_addresses_of_this_machine_can_be_listened_on(kind: Kind, certificate: Any) -> None:
+async def test_only_addresses_of_this_machine_can_be_listened_on(kind: Kind, certificate: Path) -> None:
     _, listening = kind.carriers(certificate)
     with pytest.raises(KnodeError) as raised:
         await listening.listen("203.0.113.7", 0)
     assert raised.value.code is Code.INVALID_ARGUMENT
 
 
-async def test_who_dials_before_serving_begins_is_served_then(kind: Kind, certificate: Any) -> None:
+async def test_who_dials_before_serving_begins_is_served_then(kind: Kind, certificate: Path) -> None:
     dialling, listening = kind.carriers(certificate)
     listener = await listening.listen(kind.listen_host, 0)
 
@@ -489,7 +499,7 @@ async def test_who_dials_before_serving_begins_is_served_then(kind: Kind, certif
     await listener.aclose()
 
 
-async def test_a_link_that_closes_ends_neither_the_listener_nor_others(kind: Kind, certificate: Any) -> None:
+async def test_a_link_that_closes_ends_neither_the_listener_nor_others(kind: Kind, certificate: Path) -> None:
     dialling, listening = kind.carriers(certificate)
     listener = await listening.listen(kind.listen_host, 0)
 

@@ -19,7 +19,7 @@ from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
 from knode.errors import Code, KnodeError
-from knode.transport import MAX_FRAME_BYTES, Link, LinkClosed, tcp
+from knode.transport import MAX_FRAME_BYTES, Link, LinkClosed, binding
 from knode.transport.certificate import client_context, server_context
 from knode.transport.openings import OPENINGS_AT_ONCE
 from knode.transport.websocket import (
@@ -535,9 +535,9 @@ async def test_the_addresses_to_dial_are_those_that_the_machine_has_now(
     def out_of_descriptors(*, versions: frozenset[int]) -> list[str]:
         raise OSError(24, "too many open files")
 
-    monkeypatch.setattr(tcp, "interface_addresses", moved)
+    monkeypatch.setattr(binding, "interface_addresses", moved)
     assert listener.addresses == [f"198.51.100.7:{port}"]
-    monkeypatch.setattr(tcp, "interface_addresses", out_of_descriptors)
+    monkeypatch.setattr(binding, "interface_addresses", out_of_descriptors)
     assert listener.addresses == [f"198.51.100.7:{port}"]
     await listener.aclose()
     assert listener.addresses == [f"198.51.100.7:{port}"]
