@@ -27,6 +27,7 @@ from knode.transport import Carrier
 from knode.transport.certificate import make_certificate
 from knode.transport.mdns import MulticastDns
 from knode.transport.partition import Partition, PartitionedCarrier
+from knode.transport.quic import QuicCarrier
 from knode.transport.websocket import WebSocketCarrier
 from knode.world import World
 from knode.world.real import real_world
@@ -73,7 +74,10 @@ async def _serve(world: World, home: Home, configuration: Configuration, log: Op
         await nursery.start(_stop_at_signal, stop)
         choice = await _sandbox(world, home, settings.sandbox.prefer)
         machine = Machine(os.cpu_count() or 1, _busy_percent, choice.sandbox, choice.problems)
-        carriers: dict[str, Carrier] = {"websocket": WebSocketCarrier(home.certificate, log.logger)}
+        carriers: dict[str, Carrier] = {
+            "websocket": WebSocketCarrier(home.certificate, log.logger),
+            "quic": QuicCarrier(home.certificate, log.logger),
+        }
         partition = Partition(settings.testnet.cut_off_from) if settings.testnet.faults else None
         if partition is not None:
             carriers = {name: PartitionedCarrier(each, partition) for name, each in carriers.items()}

@@ -22,9 +22,12 @@ from knode.mesh.peer import Peer
 from knode.mesh.serving import PROGRESS_TOPIC, Serving
 from knode.mesh.ways import Way, ways_to
 from knode.transport import Carrier, Link, Listener
+from knode.transport.address import is_host_and_port, split_address
 from knode.world import Log, World
 
 CONVERSATIONS_AT_ONCE = 512
+PORTS_TRIED = 20
+"""When any port will do, until one is free for every kind of link."""
 JOINING_AT_ONCE = 16
 CONVERSATIONS_A_PEER = 4
 JOIN_S = 30.0
@@ -142,12 +145,33 @@ class Peers:
                 self.dialling.claim(peer.key.raw, addresses)
 
     async def listen(self, host: str, port: int) -> list[Listener]:
-        """Bind every carrier.
+        """Bind every carrier; all that dial `host:port` to one port, so that one address stands for them.
 
         Raises:
-            KnodeError: PORT_IN_USE or INVALID_ARGUMENT.
+            KnodeError: PORT_IN_USE or INVALID_ARGUMENT. Then nothing is bound.
         """
-        return [await carrier.listen(host, port) for carrier in self._carriers.values()]
+        for _ in range(PORTS_TRIED - 1):
+            try:
+                return await self._listen(host, port)
+            except KnodeError as error:
+                if port or error.code is not Code.PORT_IN_USE:
+                    raise  # else: what was free for the first was not for the next
+        return await self._listen(host, port)
+
+    async def _listen(self, host: str, port: int) -> list[Listener]:
+        listeners: list[Listener] = []
+        try:
+            for carrier in self._carriers.values():
+                listener = await carrier.listen(host, port)
+                listeners.append(listener)
+                if not port and is_host_and_port(listener.addresses[0]):
+                    _, port = split_address(listener.addresses[0])
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                for listener in listeners:
+                    await listener.aclose()
+            raise
+        return listeners
 
     async def run(
         self, listeners: list[Listener], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -211,7 +211,7 @@ class Node:
 
     @property
     def _listened(self) -> tuple[str, ...]:
-        return tuple(a for listener in self._listeners for a in listener.addresses)
+        return tuple(dict.fromkeys(a for listener in self._listeners for a in listener.addresses))
 
     @property
     def dropped(self) -> int:

@@ -31,6 +31,7 @@ from knode.mesh.roster import Member, Role
 from knode.mesh.ticket import Ticket
 from knode.storage import Database
 from knode.transport import Carrier, LinkClosed
+from knode.transport.address import is_host_and_port
 from knode.transport.memory import MemoryNetwork
 from knode.world import Monotonic, WallTime, World
 from knode.world.real import RealDisk
@@ -188,7 +189,8 @@ class MeshNode:
         self.methods.add("test.admin", Text, self._echo, roles=frozenset({Role.ADMIN}))
         listeners = self.listeners = await self.peers.listen(self.host, self._port)
         self.address = listeners[0].addresses[0]
-        self._port = int(self.address.rpartition(":")[2])
+        if is_host_and_port(self.address):
+            self._port = int(self.address.rpartition(":")[2])
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
