@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from real_processes import PATIENCE_S, kill_daemons, until
 
 _numbers = itertools.count()
 
@@ -71,3 +76,47 @@ def local_network() -> Iterator[LocalNetwork]:
         yield network
     finally:
         network.close()
+
+
+class Owner:
+    """Whoever types commands on the machines."""
+
+    def __init__(self, folder: Path, network: LocalNetwork) -> None:
+        self.network = network
+        self.homes: dict[str, Path] = {}
+        self._folder = folder
+
+    def knode(self, machine: str, *words: str) -> Any:
+        """Run a command on a machine and return its document."""
+        home = self.homes.setdefault(machine, self._folder / machine)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("KNODE_", "XDG_"))}
+        line = [sys.executable, "-m", "knode", *words, "--home", str(home), "--json", "--no-input"]
+        done = subprocess.run(
+            self.network.on(machine, *line),
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE_S,
+            env=kept | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
+    def peer(self, machine: str) -> Any:
+        """Return what a machine says of the one other, once it is there."""
+
+        def alive() -> Any:
+            [peer] = self.knode(machine, "peer", "list")
+            return peer if peer["state"] == "alive" else None
+
+        return until(alive)
+
+
+@contextlib.contextmanager
+def machines_of_an_owner(folder: Path) -> Iterator[Owner]:
+    """Make a local network whose machines run daemons; none is left behind."""
+    with local_network() as network:
+        owner = Owner(folder, network)
+        try:
+            yield owner
+        finally:
+            kill_daemons(*owner.homes.values())

@@ -172,6 +172,9 @@ class Dialling:
         failures.pop(way, None)
         try:
             await self._open_conversation(peer, way)
+        except trio.Cancelled:
+            failures[way] = "had not answered when another way did"
+            raise
         except KnodeError as error:
             # A refusal is not signed: only at an address of its own is it taken for the peer's.
             if error.code not in _NOT_THERE and way.address in self._told(peer):

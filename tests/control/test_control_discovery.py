@@ -2,60 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from local_network import LocalNetwork, local_network
-from real_processes import PATIENCE_S, kill_daemons, until
-
-
-class Owner:
-    """Whoever types commands on the machines."""
-
-    def __init__(self, folder: Path, network: LocalNetwork) -> None:
-        self.network = network
-        self.homes: dict[str, Path] = {}
-        self._folder = folder
-
-    def knode(self, machine: str, *words: str) -> Any:
-        """Run a command on a machine and return its document."""
-        home = self.homes.setdefault(machine, self._folder / machine)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("KNODE_", "XDG_"))}
-        line = [sys.executable, "-m", "knode", *words, "--home", str(home), "--json", "--no-input"]
-        done = subprocess.run(
-            self.network.on(machine, *line),
-            capture_output=True,
-            text=True,
-            timeout=2 * PATIENCE_S,
-            env=kept | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout)
-
-    def peer(self, machine: str) -> Any:
-        """Return what a machine says of the one other, once it is there."""
-
-        def alive() -> Any:
-            [peer] = self.knode(machine, "peer", "list")
-            return peer if peer["state"] == "alive" else None
-
-        return until(alive)
+from local_network import Owner, machines_of_an_owner
+from real_processes import until
 
 
 @pytest.fixture
 def owner(tmp_path: Path) -> Iterator[Owner]:
-    with local_network() as network:
-        owner = Owner(tmp_path, network)
-        try:
-            yield owner
-        finally:
-            kill_daemons(*owner.homes.values())
+    with machines_of_an_owner(tmp_path) as owner:
+        yield owner
 
 
 def test_nodes_that_all_get_new_addresses_find_each_other_by_multicast_dns_alone(owner: Owner) -> None:
