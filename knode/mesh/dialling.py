@@ -169,7 +169,6 @@ class Dialling:
 
     async def _opens(self, peer: Peer, way: Way) -> bool:
         failures = self._failures.setdefault(peer.key.raw, {})
-        failures.pop(way, None)
         try:
             await self._open_conversation(peer, way)
         except trio.Cancelled:
@@ -185,6 +184,7 @@ class Dialling:
             failures[way] = error.message
             self._log.debug("dial failed", peer=peer.node_id, way=str(way), why=error.message)
             return False
+        failures.pop(way, None)
         return True
 
 
