@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import trio
@@ -12,13 +13,19 @@ _SELF = Path("/proc/self")
 
 def process_document() -> dict[str, int | None]:
     """Return memory, open descriptors, threads and trio tasks; null for what the system does not tell."""
-    linux = _SELF.is_dir()
     return {
-        "resident_bytes": _resident_bytes() if linux else None,
-        "descriptors": len(os.listdir(_SELF / "fd")) - 1 if linux else None,  # but for that of the listing
-        "threads": len(os.listdir(_SELF / "task")) if linux else None,
+        "resident_bytes": _told(_resident_bytes),
+        "descriptors": _told(lambda: len(os.listdir(_SELF / "fd")) - 1),  # but for that of the listing
+        "threads": _told(lambda: len(os.listdir(_SELF / "task"))),
         "tasks": trio.lowlevel.current_statistics().tasks_living,
     }
+
+
+def _told(read: Callable[[], int]) -> int | None:
+    try:
+        return read()
+    except OSError:  # no /proc here, or no descriptor left to read it with
+        return None
 
 
 def _resident_bytes() -> int:

@@ -22,6 +22,7 @@ from knode.klp.codec import Decoder, encode
 from knode.klp.messages import Context, Event
 from knode.mesh.contact import SignedContact, open_contact
 from knode.mesh.conversation import Conversation
+from knode.mesh.member_log import MemberLog
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peer import Peer
@@ -75,7 +76,7 @@ class Gossip:
         self._world = world
         self._membership = membership
         self._peers = peers
-        self._log = log
+        self._log = MemberLog(world.clock, log)
         # Events are taken in order by one task.
         self._send_work, self._work = trio.open_memory_channel[tuple[PublicKey, str, bytes]](QUEUE)
         self._waiting: Counter[bytes] = Counter()
@@ -92,7 +93,7 @@ class Gossip:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._take_events)
             async for peer, conversation in self._openings:
-                nursery.start_soon(self._synchronise, peer, conversation)
+                nursery.start_soon(self._synchronise_while_open, peer, conversation)
 
     def push_contacts(self, contacts: list[SignedContact], *, but: PublicKey | None = None) -> None:
         """Tell everybody who is here about new addresses."""
@@ -120,6 +121,18 @@ class Gossip:
             raise too_much from None
         self._waiting[key.raw] += 1
 
+    async def _synchronise_while_open(self, peer: Peer, conversation: Conversation) -> None:
+        """Leave the peer's later conversations to themselves: each has its own digest."""
+        async with trio.open_nursery() as nursery:
+
+            async def synchronise() -> None:
+                await self._synchronise(peer, conversation)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(synchronise)
+            await conversation.ended.wait()
+            nursery.cancel_scope.cancel()
+
     async def _synchronise(self, peer: Peer, conversation: Conversation) -> None:
         try:
             while conversation.established.peer_roster_digest != self._membership.roster.digest:
@@ -141,7 +154,7 @@ class Gossip:
             conversation.synchronised.set()
         except KnodeError as error:
             self._log.warning("roster not synchronised", peer=peer.node_id, why=str(error))
-            conversation.close("its roster could not be had")
+            conversation.refuse(KnodeError(error.code, f"its roster could not be had: {error.message}"))
 
     async def _answer_pull(self, call: Call, pull: Pull) -> Pulled:
         have, roster = set(pull.have), self._membership.roster

@@ -16,6 +16,7 @@ from knode.klp.messages import Acknowledge, Cancel, Context, Event, Failure, Loa
 from knode.mesh.conversation import RETIRED_TOPIC, Conversation
 from knode.mesh.dialling import Dialling
 from knode.mesh.handshakes import Handshakes, close_saying
+from knode.mesh.member_log import MemberLog
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Methods
 from knode.mesh.peer import Peer
@@ -30,6 +31,7 @@ PORTS_TRIED = 20
 """When any port will do, until one is free for every kind of link."""
 JOINING_AT_ONCE = 16
 CONVERSATIONS_A_PEER = 4
+CLOSING_A_PEER = 4
 JOIN_S = 30.0
 """How long a conversation with a joining node may last."""
 
@@ -60,11 +62,11 @@ class Peers:
         self._key = key
         self._membership = membership
         self._carriers = carriers
-        self._log = log
+        self._log = MemberLog(world.clock, log)
         self._keepalive_s = keepalive_s
         self._dead_after_s = dead_after_s
         self._load = load
-        self._serving = Serving(self.boot, membership, methods, world.clock, log)
+        self._serving = Serving(self.boot, membership, methods, world.clock, self._log)
         self._peers: dict[bytes, Peer] = {}
         self._event_handlers: dict[str, EventHandler] = {}
         self._announcements: dict[str, bytes] = {}
@@ -81,6 +83,8 @@ class Peers:
         self._counters = itertools.count(1)  # of requests, whomever they ask: unique for this boot
         self._refusals: Counter[str] = Counter()
         """Of links over a limit, and of sessions that an error ended."""
+        self._closing: Counter[bytes] = Counter()
+        """How many links of each peer, or of each ticket, are being closed."""
         self._conversations = 0
         self._joining = 0
         self._leaving = False
@@ -329,9 +333,18 @@ class Peers:
             if not conversation.established.ticket:
                 self._log.info("peer disconnected", peer=peer.node_id, why=conversation.end_reason)
                 self._forget_stranger(peer)
-            # In order, and so that what was said last arrives: each link takes three seconds at most.
-            with trio.CancelScope(shield=True):
-                await close_saying(conversation.link, error)
+            await self._close(conversation.link, error, conversation.established.ticket or peer.key.raw)
+
+    async def _close(self, link: Link, error: KnodeError | None, whose: bytes) -> None:
+        """Close in order, so that what was said last arrives; at once when many of one end are."""
+        with trio.CancelScope(shield=True) as scope:  # it takes three seconds at most
+            if self._closing[whose] >= CLOSING_A_PEER:
+                scope.cancel()
+            self._closing[whose] += 1
+            try:
+                await close_saying(link, error)
+            finally:
+                self._closing -= Counter([whose])
 
     def _forget_stranger(self, peer: Peer) -> None:
         if not peer.conversations and peer.key.raw not in self._membership.roster.members:

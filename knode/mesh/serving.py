@@ -14,10 +14,11 @@ from knode.klp.codec import encode
 from knode.klp.limits import MAX_BODY_BYTES
 from knode.klp.messages import Answer, Context, Event, Failure, Request, Response
 from knode.mesh.conversation import Conversation, IncomingStream
+from knode.mesh.member_log import MemberLog
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peer import Peer
-from knode.world import Clock, Log, Monotonic
+from knode.world import Clock, Monotonic
 
 SERVED_AT_ONCE = 256
 SERVED_A_PEER = 64
@@ -41,7 +42,9 @@ class Work:
 class Serving:
     """Runs the methods that peers ask for and keeps the answers until they are acknowledged."""
 
-    def __init__(self, boot: bytes, membership: Membership, methods: Methods, clock: Clock, log: Log) -> None:
+    def __init__(
+        self, boot: bytes, membership: Membership, methods: Methods, clock: Clock, log: MemberLog
+    ) -> None:
         self.failures: Counter[str] = Counter()
         """How many requests were answered with each error, since the start."""
         self._answers = Answers(boot)

@@ -14,6 +14,7 @@ from knode.errors import Code, KnodeError
 from knode.klp.codec import Decoder
 from knode.klp.messages import Context, Load
 from knode.mesh.liveness import PeerState
+from knode.mesh.member_log import MemberLog
 from knode.mesh.membership import Membership
 from knode.mesh.peers import Peers
 from knode.mesh.roster import Member
@@ -79,6 +80,7 @@ class DirectTasks:
         self._offers = offers
         self._worker = worker
         self._log = log
+        self._member_log = MemberLog(world.clock, log)
         self._tasks: OrderedDict[str, Task] = OrderedDict()
         self._scopes: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
@@ -271,7 +273,9 @@ class DirectTasks:
         try:
             report = _report.decode(body)
         except KnodeError as error:
-            self._log.warning("a report that cannot be read", task=task.id, node=task.node, why=error.message)
+            self._member_log.warning(
+                "a report that cannot be read", peer=task.node_id, task=task.id, why=error.message
+            )
             return
         task.report(None if report.permille == NO_FRACTION else report.permille / 1000, report.text)
 

@@ -19,6 +19,8 @@ WAITING_TASKS = 64
 """Tasks whose files may wait at once."""
 TASKS_WORTH = 16
 """All tasks together may have this many times the bytes of files that one may have."""
+OWNER_SHARE = 2
+"""One node's tasks may take up to the half of either, so that no single one shuts out the others."""
 WRITE_BYTES = 1024 * 1024
 """How much is gathered before it goes to the disk."""
 
@@ -103,10 +105,12 @@ class Folders:
         await self._world.blocking.run(partial(self._world.disk.make_folder, self._path / task.hex()))
 
     def _waiting_folder(self, owner: bytes, task: bytes) -> _Folder:
-        if task not in self._folders and sum(f.is_waiting for f in self._folders.values()) >= WAITING_TASKS:
-            raise KnodeError(
-                Code.RATE_LIMITED, "files of too many tasks wait on this node", "try again later"
-            )
+        if task not in self._folders:
+            waiting = [f.owner for f in self._folders.values() if f.is_waiting]
+            if len(waiting) >= WAITING_TASKS or waiting.count(owner) >= WAITING_TASKS // OWNER_SHARE:
+                raise KnodeError(
+                    Code.RATE_LIMITED, "files of too many tasks wait on this node", "try again later"
+                )
         folder = self._folder(owner, task)
         if not folder.is_waiting:
             raise KnodeError(Code.INVALID_ARGUMENT, "the task was begun already: it takes no more files")
@@ -132,10 +136,10 @@ class Folders:
                 f"this node takes {MAX_FILES} files of {limit_mib} MiB together with a task",
                 "send less, or raise tasks.artifact_bytes there",
             )
-        if (
-            sum(f.reserved_bytes for f in self._folders.values()) + stage.size
-            > TASKS_WORTH * self._task_bytes
-        ):
+        everyones = sum(f.reserved_bytes for f in self._folders.values())
+        owners = sum(f.reserved_bytes for f in self._folders.values() if f.owner == folder.owner)
+        most = TASKS_WORTH * self._task_bytes
+        if everyones + stage.size > most or owners + stage.size > most // OWNER_SHARE:
             raise KnodeError(Code.RATE_LIMITED, "the files of other tasks fill this node", "try again later")
         folder.names.add(stage.name)
         folder.reserved_bytes += stage.size

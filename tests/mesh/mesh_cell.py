@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 import trio
+from stranger import Stranger
 
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
-from knode.klp import Session
-from knode.klp.handshake import Initiator, Introduction
-from knode.klp.messages import Answer, Context, Failure, Load, Message, Request, Response
+from knode.klp.messages import Load
 from knode.mesh.contact import Contact, SignedContact, sign_contact
 from knode.mesh.conversation import Conversation
 from knode.mesh.gossip import Gossip
@@ -30,11 +29,13 @@ from knode.mesh.pinging import Pinging
 from knode.mesh.roster import Member, Role
 from knode.mesh.ticket import Ticket
 from knode.storage import Database
-from knode.transport import Carrier, LinkClosed
+from knode.transport import Carrier
 from knode.transport.address import is_host_and_port
 from knode.transport.memory import MemoryNetwork
 from knode.world import Monotonic, WallTime, World
 from knode.world.real import RealDisk
+
+__all__ = ["Cell", "MeshNode", "RecordingLog", "Stranger", "refused", "until"]
 
 T = TypeVar("T")
 
@@ -343,94 +344,3 @@ class Cell:
         """End a node as a power cut does."""
         self.network.break_links(node.name)
         await node.stop()
-
-
-class Stranger:
-    """Speaks the protocol by hand, as a test wants it, over a link of its own."""
-
-    def __init__(self, carrier: Carrier, key: KeyPair) -> None:
-        self.key = key
-        self._carrier = carrier
-        self.boot = hashlib.sha256(key.public.raw).digest()[:16]
-
-    async def shake_hands(
-        self,
-        node: MeshNode,
-        *,
-        ticket: KeyPair | None = None,
-        cell_id: bytes | None = None,
-        roster_digest: bytes | None = None,
-        versions: tuple[int, ...] = (1,),
-    ) -> None:
-        """Open a session with `node`. Raises what the node refuses it with."""
-        roster = node.membership.roster
-        self.link = await self._carrier.dial(node.address)
-        initiator = Initiator(
-            self.key,
-            Introduction(
-                roster.cell_id if cell_id is None else cell_id,
-                self.boot,
-                roster.digest if roster_digest is None else roster_digest,
-                versions,
-            ),
-            expected_peer=node.key.public,
-            channel_binding=self.link.channel_binding,
-            nonce=bytes(32),
-            ticket=ticket,
-        )
-        await self.link.send_frame(initiator.hello())
-        proof, established = initiator.receive(await self.link.receive_frame())
-        await self.link.send_frame(proof)
-        self.node_boot = established.peer_boot
-        self.session = Session(self.key, established)
-
-    async def say(self, *messages: Message) -> None:
-        """Send messages, and what else waits."""
-        for message in messages:
-            self.session.send(message)
-        while (frame := self.session.next_frame()) is not None:
-            await self.link.send_frame(frame)
-
-    def say_later(self, message: Message) -> None:
-        """Let a message wait for the next `say`."""
-        self.session.send(message)
-
-    async def shake_again_if_refused(self, node: MeshNode) -> Stranger:
-        """Read what has come; when the node has ended the session, return one with a new session."""
-        try:
-            with trio.move_on_after(0.5):
-                while True:
-                    await self.hear()
-        except (KnodeError, LinkClosed):
-            await self.link.aclose()
-            again = Stranger(self._carrier, self.key)
-            await again.shake_hands(node)
-            return again
-        return self
-
-    async def hear_quietly(self) -> list[Any]:
-        """Return what the next frame brings; nothing, for ever, once the session has ended."""
-        try:
-            return await self.hear()
-        except (KnodeError, LinkClosed):
-            await trio.sleep_forever()
-            raise
-
-    def request(self, counter: int, method: str, body: bytes = b"", **more: Any) -> Request:
-        fields = {"ttl_ms": 60_000, "stream": 0, "context": Context()} | more
-        return Request(counter=counter, destination_boot=self.node_boot, method=method, body=body, **fields)
-
-    async def hear(self) -> list[Any]:
-        """Return what the next frame brings. Raises what a REFUSE frame tells."""
-        return self.session.receive(await self.link.receive_frame())
-
-    async def answer(self, counter: int) -> Answer:
-        """Return the answer to a request."""
-        while True:
-            for message in await self.hear():
-                if isinstance(message, Response | Failure) and message.counter == counter:
-                    return message
-
-    async def ask(self, counter: int, method: str, body: bytes = b"") -> Answer:
-        await self.say(self.request(counter, method, body))
-        return await self.answer(counter)

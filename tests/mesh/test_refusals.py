@@ -16,7 +16,9 @@ from knode.klp.codec import encode
 from knode.klp.frames import Kind
 from knode.klp.messages import Cancel, Context, Event, Failure, Keepalive, Load
 from knode.mesh import peers
+from knode.mesh.gossip import CONTACTS_TOPIC
 from knode.mesh.handshakes import ANSWERED_AT_ONCE, FAREWELLS_AT_ONCE, HANDSHAKE_S
+from knode.mesh.member_log import LINES_A_MINUTE
 from knode.mesh.peers import CONVERSATIONS_A_PEER
 from knode.mesh.ticket import LIFETIME_MS
 from knode.transport import LinkClosed
@@ -340,3 +342,24 @@ async def test_requests_that_are_answered_with_an_error_are_counted(cell: Cell) 
     assert isinstance(old, Failure)
     assert a.peers.failures == dict.fromkeys(counted.values(), 1) | {Code.BAD_FRAME: 1}
     assert a.peers.refusals == {}
+
+
+async def test_a_member_that_comes_and_goes_does_not_set_the_logs_pace(cell: Cell) -> None:
+    a, b = await cell.nodes("a", "b")
+    await b.stop()
+    for _ in range(100):
+        stranger = cell.stranger(b.key)
+        await stranger.shake_hands(a)
+        await stranger.say(Event(CONTACTS_TOPIC, Context(), b"no contacts"))
+        await stranger.link.aclose()
+    await trio.sleep(5)
+
+    def about_b() -> list[tuple[str, str, dict[str, object]]]:
+        return [each for each in a.log.lines if each[0] != "debug" and each[2].get("peer") == b.key.node_id]
+
+    assert LINES_A_MINUTE <= len(about_b()) <= 4 * LINES_A_MINUTE  # two rooms, at most two minutes
+    await trio.sleep(61)
+    await b.start(cell.nursery)
+    await a.connected(b)
+    assert about_b()[-1][1] == "peer connected"
+    assert about_b()[-1][2]["left_out"] > 0

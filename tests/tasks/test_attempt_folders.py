@@ -19,7 +19,7 @@ from knode.klp.codec import Decoder, encode
 from knode.simulation.disk import SimulatedDisk
 from knode.simulation.world import SimulatedClock
 from knode.tasks import folders as folders_module
-from knode.tasks.folders import TASKS_WORTH, WAIT_S, WAITING_TASKS, Folders
+from knode.tasks.folders import OWNER_SHARE, TASKS_WORTH, WAIT_S, WAITING_TASKS, Folders
 from knode.tasks.messages import MAX_FILES, Run, Stage
 from knode.world import World
 
@@ -256,19 +256,33 @@ async def test_files_that_nobody_comes_for_are_forgotten_after_a_minute(
 
 async def test_tasks_that_wait_are_bounded(kept: Kept) -> None:
     for number in range(WAITING_TASKS):
-        await kept.keep(b"", of=task(number))
-    await kept.refused(Code.RATE_LIMITED, b"", of=task(WAITING_TASKS))
+        await kept.keep(b"", owner=OURS if number % 2 == 0 else THEIRS, of=task(number))
+    await kept.refused(Code.RATE_LIMITED, b"", owner=b"third", of=task(WAITING_TASKS))
     async with kept.folders.claim(OURS, task(0), ()):
         await kept.keep(b"", of=task(WAITING_TASKS))
 
 
 async def test_the_bytes_of_all_tasks_are_bounded_and_come_back(kept: Kept) -> None:
     for number in range(TASKS_WORTH):
-        await kept.keep(bytes(LIMIT), of=task(number))
-    await kept.refused(Code.RATE_LIMITED, b"x", of=task(99))
+        await kept.keep(bytes(LIMIT), owner=OURS if number % 2 == 0 else THEIRS, of=task(number))
+    await kept.refused(Code.RATE_LIMITED, b"x", owner=b"third", of=task(99))
     async with kept.folders.claim(OURS, task(0), ("a",)):
         await kept.refused(Code.RATE_LIMITED, b"x", of=task(99))
     await kept.keep(b"x", of=task(99))
+
+
+async def test_one_node_s_tasks_take_a_half_and_leave_the_other(kept: Kept) -> None:
+    for number in range(WAITING_TASKS // OWNER_SHARE):
+        await kept.keep(b"", of=task(number))
+    await kept.refused(Code.RATE_LIMITED, b"", of=task(99))
+    await kept.keep(b"", owner=THEIRS, of=task(99))
+
+
+async def test_one_node_s_bytes_take_a_half_and_leave_the_other(kept: Kept) -> None:
+    for number in range(TASKS_WORTH // OWNER_SHARE):
+        await kept.keep(bytes(LIMIT), of=task(number))
+    await kept.refused(Code.RATE_LIMITED, b"x", of=task(98))
+    await kept.keep(b"x", owner=THEIRS, of=task(99))
 
 
 async def test_what_is_announced_counts_before_it_arrives(kept: Kept) -> None:
