@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from knode import __version__
 from knode.cli.commands import agents, config, logs, mesh, node, simulate, tasks, testnet
+from knode.cli.session import session_of
 
 app = typer.Typer(
     help="The machines that you own, as one private mesh of AI agents.",
@@ -17,6 +19,12 @@ app = typer.Typer(
 )
 
 
+def _show_version(context: typer.Context, asked: bool) -> None:
+    if asked:
+        session_of(context).show({"version": __version__}, lambda document: f"knode {document['version']}")
+        raise typer.Exit
+
+
 @app.callback()
 def everywhere(
     home: Annotated[
@@ -25,6 +33,10 @@ def everywhere(
     json: Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output.")] = False,
     no_input: Annotated[
         bool, typer.Option("--no-input", help="Never ask and never wait for a person.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Say which knode this is."),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
 ) -> None:

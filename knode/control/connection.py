@@ -61,14 +61,28 @@ class Connection:
         self._methods = methods
         self._on_fault = on_fault
         self._running = 0
+        self._scope = trio.CancelScope()
         self._sending = trio.Lock()
         self._progress: deque[bytes] = deque()
         self._progress_bytes = 0
         self._dropped = 0
         self._has_progress = trio.Event()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request of the client is being answered."""
+        return self._running == 0
+
+    def close(self) -> None:
+        """Let the client go: `run` ends."""
+        self._scope.cancel()
+
     async def run(self, first_line: bytes) -> None:
         """Talk until the client goes away; its handlers are cancelled then."""
+        with self._scope:
+            await self._talk(first_line)
+
+    async def _talk(self, first_line: bytes) -> None:
         await self._stream.send_all(first_line)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_progress)

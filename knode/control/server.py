@@ -23,7 +23,7 @@ MAX_CONNECTIONS = 64
 
 _FULL = KnodeError(
     Code.RATE_LIMITED,
-    f"{MAX_CONNECTIONS} programs are connected to this daemon already",
+    f"{MAX_CONNECTIONS} programs wait for answers of this daemon already",
     "close one of them, then run the command again",
 )
 
@@ -55,28 +55,38 @@ async def serve(
     first_line = encode_line({"jsonrpc": "2.0", "method": "hello", "params": hello})
     no_room = encode_line({"jsonrpc": "2.0", "id": None, "error": knode_error(_FULL)})
     with _listening(socket_path) as listener:
-        open_connections = 0
+        connections: dict[Connection, None] = {}
 
         async def take(stream: trio.SocketStream) -> None:
-            nonlocal open_connections
             async with stream:
                 if not may_connect(peer_uid(stream.socket)):
                     return
-                open_connections += 1
+                connection = Connection(stream, methods, on_fault)
                 try:
-                    if open_connections > MAX_CONNECTIONS:
+                    if len(connections) >= MAX_CONNECTIONS and not _make_room(connections):
                         await stream.send_all(no_room)
-                    else:
-                        await Connection(stream, methods, on_fault).run(first_line)
+                        return
+                    connections[connection] = None
+                    await connection.run(first_line)
                 except* trio.BrokenResourceError:
                     pass  # the client is gone, and with it whoever would want to know
                 finally:
-                    open_connections -= 1
+                    connections.pop(connection, None)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.serve_listeners, take, [listener])
             task_status.started()
     raise AssertionError("serve_listeners ends only by an exception")
+
+
+def _make_room(connections: dict[Connection, None]) -> bool:
+    """Close the connection that has been open longest without a request of its own; tell whether one was."""
+    oldest = next((connection for connection in connections if connection.is_idle), None)
+    if oldest is None:
+        return False
+    del connections[oldest]
+    oldest.close()
+    return True
 
 
 def peer_uid(connected: trio.socket.SocketType) -> int | None:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from knode import __version__
 from knode.cli.options import Options, hoist
 from knode.errors import Code, KnodeError
 
@@ -50,3 +54,8 @@ def test_a_home_without_a_path_is_refused(words: list[str]) -> None:
     with pytest.raises(KnodeError) as caught:
         hoist(words)
     assert caught.value.code is Code.INVALID_ARGUMENT
+
+
+def test_the_version_is_told_without_a_home_or_a_daemon(knode: Any) -> None:
+    assert knode("--version").out == f"knode {__version__}\n"
+    assert json.loads(knode("--version", "--json").out) == {"version": __version__}

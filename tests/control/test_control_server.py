@@ -336,16 +336,38 @@ async def test_an_answered_request_makes_room_at_once(path: Path) -> None:
             assert "result" in await peer.line()
 
 
-async def test_connections_over_the_limit_are_told_so_and_closed(path: Path) -> None:
-    async with running(path), trio.open_nursery() as nursery:
+async def test_the_oldest_idle_connection_makes_room_for_a_new_one(path: Path) -> None:
+    async with running(path) as daemon, trio.open_nursery() as nursery:
         peers = [Peer(await trio.open_unix_socket(path)) for _ in range(MAX_CONNECTIONS)]
         for peer in peers:
             assert (await peer.line())["method"] == "hello"
+        await peers[0].ask("wait")
+        await daemon.until(lambda: daemon.waiting == 1)
+        extra = Peer(await trio.open_unix_socket(path))
+        assert (await extra.line())["method"] == "hello"
+        await extra.ask("echo")
+        assert (await extra.line())["id"] == 1
+        assert await peers[1].ended()
+        for peer in (peers[2], peers[-1]):
+            await peer.ask("echo")
+            assert (await peer.line())["id"] == 1
+        assert daemon.cancelled == 0
+        for peer in [*peers, extra]:
+            nursery.start_soon(peer.stream.aclose)
+
+
+async def test_connections_over_the_limit_are_told_so_and_closed(path: Path) -> None:
+    async with running(path) as daemon, trio.open_nursery() as nursery:
+        peers = [Peer(await trio.open_unix_socket(path)) for _ in range(MAX_CONNECTIONS)]
+        for peer in peers:
+            assert (await peer.line())["method"] == "hello"
+            await peer.ask("wait")
+        await daemon.until(lambda: daemon.waiting == MAX_CONNECTIONS)
         extra = Peer(await trio.open_unix_socket(path))
         assert (await extra.line())["error"]["data"]["code"] == "RATE_LIMITED"
         assert await extra.ended()
-        await peers[0].ask("echo")
-        assert (await peers[0].line())["id"] == 1
+        await peers[0].ask("echo", request_id=2)
+        assert (await peers[0].line())["id"] == 2
         for peer in [*peers, extra]:
             nursery.start_soon(peer.stream.aclose)
 
