@@ -119,6 +119,15 @@ def peers(document: Sequence[Document]) -> str:
     )
 
 
+def peer(document: Document) -> str:
+    """Show all that is known of one peer, and one way to it a line."""
+    ways = table(
+        ("way", "address", "scope", "source", "problem"),
+        ((w["link"], w["address"], w["scope"], w["source"], w["problem"]) for w in document["ways"]),
+    )
+    return f"{details({key: part for key, part in document.items() if key != 'ways'})}\n\n{ways}"
+
+
 def ping(document: Document) -> str:
     """Show each round trip of a ping, and a summary."""
     times = document["rtt_ms"]

@@ -6,7 +6,6 @@ No logic: a method decodes, calls one method of a room, and shapes the answer as
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +34,7 @@ from knode.home.broadcast import Broadcast
 from knode.mesh.roster import Member
 from knode.mesh.ticket import parse_ticket
 from knode.node.node import Node
-from knode.node.status import member_document, peer_document, status
+from knode.node.status import iso, member_document, peer_details, peer_document, status
 from knode.tasks.direct import DEFAULT_DEADLINE_S, Submission
 from knode.tasks.task import Task
 from knode.transport.partition import Partition
@@ -102,7 +101,7 @@ class ControlMethods:
         return {
             "ticket": ticket.text(),
             "role": of.role,
-            "expires_at": _iso(expires),
+            "expires_at": iso(expires),
             "addresses": list(ticket.addresses),
         }
 
@@ -143,7 +142,7 @@ class ControlMethods:
         return [peer_document(self._node, m) for m in self._others()]
 
     async def _show_peer(self, of: OfNode, notify: Notify) -> Any:
-        return peer_document(self._node, self._other(of.node))
+        return peer_details(self._node, self._other(of.node))
 
     async def _ping_peer(self, of: OfPings, notify: Notify) -> Any:
         member = self._other(of.node)
@@ -167,7 +166,7 @@ class ControlMethods:
                 "name": m.name,
                 "role": m.role,
                 "state": member_document(self._node, m)["state"],
-                "joined_at": _iso(m.joined),
+                "joined_at": iso(m.joined),
                 "words": list(words[m.key.raw]) if m.key.raw in words else None,
             }
             for m in membership.roster.members.values()
@@ -340,9 +339,3 @@ def _typed(kind: type[T], method: Callable[[T, Notify], Awaitable[Any]]) -> Hand
         return await method(decoded, notify)
 
     return handle
-
-
-def _iso(milliseconds: int) -> str:
-    return (
-        datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    )

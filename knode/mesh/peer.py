@@ -97,6 +97,12 @@ class Peer:
         return PeerState.SUSPECT if now < self._heard_at + self._dead_after_s else PeerState.FAILED
 
     @property
+    def heard_at(self) -> Monotonic:
+        """When it was heard last; minus infinity when it never was."""
+        heard = self.conversation.liveness.heard_at if self.conversation is not None else self._heard_at
+        return Monotonic(heard)
+
+    @property
     def shuts_out(self) -> bool:
         """Whether it does not take this node for a member, as far as is known."""
         return self.refusal is not None and self.refusal.code in (Code.KEY_REVOKED, Code.UNKNOWN_PEER)

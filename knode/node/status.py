@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 from knode import __version__
@@ -80,6 +83,50 @@ def peer_document(node: Node, member: Member) -> dict[str, Any]:
             "cpu": load.cpu_percent,
         },
     }
+
+
+def peer_details(node: Node, member: Member) -> dict[str, Any]:
+    """Return everything that is known of one peer."""
+    document = peer_document(node, member)
+    peer = node.peers.peer(member.key)
+    dialling = node.peers.dialling
+    contact = node.membership.contacts.get(member.key.raw)
+    told = contact.body.addresses if contact is not None else ()
+    conversation = peer.conversation
+    now = node.world.clock.monotonic()
+    return document | {
+        "did": member.key.did,
+        "joined_at": iso(member.joined),
+        "told_at": iso(contact.body.issued) if contact is not None else None,
+        "connected_s": None if conversation is None else round(now - conversation.opened_at, 3),
+        "silent_s": None if math.isinf(peer.heard_at) else round(now - peer.heard_at, 3),
+        "dialled_here": None if conversation is None else conversation.established.initiator,
+        "links": len(peer.conversations),
+        "traffic": None if conversation is None else asdict(conversation.link.statistics),
+        "ways": [
+            {
+                "link": way.carrier,
+                "address": way.address,
+                "scope": way.scope.name.lower(),
+                "source": "told" if way.address in told else "heard",
+                "problem": dialling.failure(peer, way),
+            }
+            for way in dialling.ways(peer)
+        ],
+        "refusal": None
+        if peer.refusal is None
+        else {
+            "code": peer.refusal.code,
+            "message": peer.refusal.message,
+            "next": peer.refusal.next_step,
+        },
+    }
+
+
+def iso(milliseconds: int) -> str:
+    """Return a time of day as documents have it: UTC, to the second."""
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _link(peer: Peer) -> dict[str, Any]:

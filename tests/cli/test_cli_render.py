@@ -109,3 +109,20 @@ def test_details_show_inner_fields_by_their_path_and_nothing_as_a_hyphen() -> No
         "error         -",
         "none          {}",
     ]
+
+
+def test_a_peer_is_shown_with_a_line_for_each_way_to_it() -> None:
+    ways = [
+        {"link": "quic", "address": "10.0.0.2:4747", "scope": "local", "source": "told", "problem": None},
+        {"link": "quic", "address": "\x1b[2J", "scope": "wide", "source": "heard", "problem": "refused"},
+    ]
+    shown = render.peer({"name": "attic", "traffic": {"bytes_sent": 3}, "refusal": None, "ways": ways})
+    assert shown.splitlines() == [
+        "name                attic",
+        "traffic.bytes_sent  3",
+        "refusal             -",
+        "",
+        "WAY   ADDRESS        SCOPE  SOURCE  PROBLEM",
+        "quic  10.0.0.2:4747  local  told    -",
+        "quic  \\x1b[2J       wide   heard   refused",
+    ]

@@ -224,6 +224,49 @@ async def test_members_are_called_by_name_id_or_start_of_an_id(autojump_clock: M
     assert shown["load"] == {"running": 0, "queued": 0, "capacity": 2, "cpu": 0}
 
 
+async def test_a_peer_is_shown_with_every_way_to_it_and_who_told_of_it(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    daemon = Daemon(desk)
+    desk.node.peers.discovered(attic.node.key.node_id, ("elsewhere:4747",))
+    await trio.sleep(10)
+    shown = await daemon.call("peer.show", node="attic")
+    assert shown["did"] == attic.node.key.public.did
+    assert [(way["address"], way["source"]) for way in shown["ways"]] == [
+        (attic.node.addresses[0], "told"),
+        ("elsewhere:4747", "heard"),
+    ]
+    assert shown["connected_s"] >= 10
+    assert 0 <= shown["silent_s"] <= 3
+    assert shown["traffic"]["bytes_received"] > 0
+    assert (shown["links"], shown["refusal"]) == (1, None)
+    assert shown["dialled_here"] is not (await Daemon(attic).call("peer.show", node="desk"))["dialled_here"]
+    key = attic.node.key.public
+    await cell.stop(attic)
+    await cell.until(lambda: desk.node.peers.peer(key).conversation is None)
+    await trio.sleep(60)
+    lost = await daemon.call("peer.show", node="attic")
+    assert lost["silent_s"] >= 60
+    assert (lost["connected_s"], lost["traffic"], lost["dialled_here"], lost["links"]) == (
+        None,
+        None,
+        None,
+        0,
+    )
+    assert all(way["problem"] for way in lost["ways"])
+
+
+async def test_a_node_that_refuses_this_one_is_shown_with_its_words(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    await desk.node.membership.revoke(attic.node.membership.own)
+    await cell.until(lambda: attic.node.peers.peer(desk.node.key.public).refusal is not None)
+    shown = await Daemon(attic).call("peer.show", node="desk")
+    assert shown["refusal"]["code"] == "KEY_REVOKED"
+
+
 async def test_pings_are_told_as_they_come_and_lost_ones_counted(
     autojump_clock: MockClock, cell: Cell
 ) -> None:

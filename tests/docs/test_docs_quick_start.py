@@ -228,7 +228,7 @@ def test_documents_have_the_shape_that_the_page_shows(played: Played) -> None:
     }
     for heading, document in seen.items():
         assert_same_shape(shown_in_page(heading), document, heading)
-    assert_same_shape(shown_in_page("knode peer list")[0], home.call("peer.show", node="laptop"), "peer.show")
+    assert_same_shape(shown_in_page("knode peer show"), home.call("peer.show", node="laptop"), "peer.show")
     assert_same_shape(shown_in_page("knode join")["members"], laptop.call("member.list"), "member.list")
     assert_same_shape([shown_in_page("knode task submit")], home.call("task.list"), "task.list")
     assert_same_shape(

@@ -94,9 +94,9 @@ def list_peers(context: typer.Context) -> None:
 
 @peer.command("show")
 def show_peer(context: typer.Context, node: Node) -> None:
-    """Show one peer."""
+    """Show all that is known of one peer: who it is, every way to it, and the link in use."""
     session = session_of(context)
-    session.show(session.call("peer.show", {"node": node}), render.details)
+    session.show(session.call("peer.show", {"node": node}), render.peer)
 
 
 @peer.command("ping")
