@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from knode import __version__
-from knode.cli.commands import agents, config, logs, mesh, node, simulate, tasks, testnet
+from knode.cli.commands import agents, config, logs, mesh, node, service, simulate, tasks, testnet
 from knode.cli.session import session_of
 
 app = typer.Typer(
@@ -55,5 +55,6 @@ app.add_typer(agents.agent, name="agent")
 app.add_typer(tasks.task, name="task")
 app.add_typer(config.config, name="config")
 app.add_typer(logs.logs, name="logs")
+app.add_typer(service.service, name="service")
 app.add_typer(testnet.testnet, name="testnet")
 app.command()(simulate.simulate)
