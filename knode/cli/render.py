@@ -83,6 +83,17 @@ def status(document: Document) -> str:
     return f"{fields(head)}\n\n{members}{warnings}"
 
 
+def doctor(document: Document) -> str:
+    """Show a line for each check, and below it what mends it."""
+    width = max(len(check["check"]) for check in document["checks"])
+    lines = []
+    for check in document["checks"]:
+        lines.append(f"{check['grade'].upper():<4}  {check['check']:<{width}}  {_cell(check['found'])}")
+        if check["fix"]:
+            lines.append(f"{'':<{width + 6}}  fix: {_cell(check['fix'])}")
+    return "\n".join(lines)
+
+
 def joined(document: Document) -> str:
     """Show what a join gave: the words to compare, and who is there."""
     return (

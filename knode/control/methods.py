@@ -33,6 +33,7 @@ from knode.errors import Code, KnodeError
 from knode.home.broadcast import Broadcast
 from knode.mesh.roster import Member
 from knode.mesh.ticket import parse_ticket
+from knode.node.health import examine
 from knode.node.node import Node
 from knode.node.status import iso, member_document, peer_details, peer_document, status
 from knode.tasks.direct import DEFAULT_DEADLINE_S, Submission
@@ -61,6 +62,7 @@ class ControlMethods:
         """Return every method by its name."""
         table = {
             "status": _typed(Nothing, self._status),
+            "doctor": _typed(Nothing, self._examine),
             "stop": _typed(Nothing, self._stop_daemon),
             "invite": _typed(OfRole, self._invite),
             "invite.wait": _typed(OfTicket, self._await_invited),
@@ -91,6 +93,9 @@ class ControlMethods:
 
     async def _status(self, _: Nothing, notify: Notify) -> Any:
         return status(self._node) | {"process": process_document()}
+
+    async def _examine(self, _: Nothing, notify: Notify) -> Any:
+        return msgspec.to_builtins(await examine(self._node))
 
     async def _stop_daemon(self, _: Nothing, notify: Notify) -> Any:
         self._stop()

@@ -132,6 +132,12 @@ class Discovery:
                 await self._news.wait()
         return self._nodes.get(node_id, ())
 
+    async def hears_itself(self, *, within_s: float) -> bool:
+        """Tell whether this node's own announcement has come back from the network, or does so in time."""
+        with trio.move_on_after(within_s):
+            await self._echo.wait()
+        return self._echo.is_set()
+
     def _follow_roster(self) -> None:
         """Try what was heard of those who were no members then."""
         for node_id, addresses in self._nodes.items():

@@ -56,6 +56,20 @@ class Handshakes:
         introduction = Introduction(cell_id, self._boot, NO_ROSTER)
         return await self._conclude(link, self._initiate(link, introduction, inviter, ticket), _limit())
 
+    async def identify(self, link: Link, peer: PublicKey) -> None:
+        """See that `peer` is at the other end of a link that was dialled, and close it: no session is opened.
+
+        Raises:
+            KnodeError: as `with_member`; then somebody else is there, or nobody.
+        """
+
+        async def ask() -> Established:
+            _, established = await self._greet(link, self._introduction(), peer, None)
+            return established
+
+        await self._conclude(link, ask(), _limit())
+        await self._say_farewell(link, KnodeError(Code.CANCELLED, "it was only asked who is here"))
+
     async def answer(self, link: Link) -> Established:
         """Open a session with whoever dialled. Raises as `with_member`, and RATE_LIMITED.
 
@@ -95,8 +109,9 @@ class Handshakes:
             await link.aclose()
             raise
         self.refusals[error.code] += 1
-        left_out = self._lines.admit(address, trio.current_time())
-        if left_out is not None:
+        if error.code is Code.CANCELLED:  # see `identify`
+            self._log.debug("handshake cancelled", address=address)
+        elif (left_out := self._lines.admit(address, trio.current_time())) is not None:
             self._log.warning(
                 "handshake refused", code=error.code, why=str(error), address=address, left_out=left_out
             )
@@ -117,6 +132,14 @@ class Handshakes:
     async def _initiate(
         self, link: Link, introduction: Introduction, peer: PublicKey, ticket: KeyPair | None
     ) -> Established:
+        proof, established = await self._greet(link, introduction, peer, ticket)
+        await link.send_frame(proof)
+        return established
+
+    async def _greet(
+        self, link: Link, introduction: Introduction, peer: PublicKey, ticket: KeyPair | None
+    ) -> tuple[bytes, Established]:
+        """Say hello and see that `peer` answers; return the proof that opens the session."""
         initiator = Initiator(
             self._key,
             introduction,
@@ -126,9 +149,7 @@ class Handshakes:
             ticket=ticket,
         )
         await link.send_frame(initiator.hello())
-        proof, established = initiator.receive(await link.receive_frame())
-        await link.send_frame(proof)
-        return established
+        return initiator.receive(await link.receive_frame())
 
     async def _respond(self, link: Link) -> Established:
         responder = Responder(

@@ -203,6 +203,14 @@ class Peers:
         """Return every way that this node can take to one of `addresses`, best first."""
         return ways_to(addresses, self._carriers)
 
+    async def identify(self, way: Way, key: PublicKey) -> None:
+        """Take a way and see that the node with `key` is at its end; nothing stays open.
+
+        Raises:
+            KnodeError: UNAVAILABLE, or why whoever is there is not that node.
+        """
+        await self.handshakes.identify(await self._carriers[way.carrier].dial(way.address), key)
+
     async def open_with_ticket(
         self, way: Way, inviter: PublicKey, cell_id: bytes, ticket: KeyPair
     ) -> tuple[Peer, Conversation]:

@@ -26,6 +26,7 @@ from knode.mesh.membership import Membership
 from knode.mesh.methods import Methods
 from knode.mesh.peers import Peers
 from knode.mesh.pinging import Pinging
+from knode.mesh.reaching import Reaching
 from knode.mesh.roster import Role
 from knode.mesh.ticket import Ticket
 from knode.storage import Database
@@ -100,6 +101,7 @@ class Node:
             )
         self.joining = Joining(world, self.membership, self.peers, self.gossip, self.methods, self.discovery)
         self.pinging = Pinging(world, self.methods)
+        self.reaching = Reaching(world, self.membership, self.peers, self.methods)
         self.registry = Registry(world, home.agents, key, self._is_publisher_trusted)
         self.runner = Runner(world, self.registry, machine.sandbox, home.attempts)
         self.offers = Offers(key.public, self.peers, self.registry, self.runner)

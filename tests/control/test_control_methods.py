@@ -14,6 +14,7 @@ from knode.errors import Code, KnodeError
 
 NEEDS = {
     "status": {},
+    "doctor": {},
     "stop": {},
     "invite": {},
     "invite.wait": {"ticket": "t"},

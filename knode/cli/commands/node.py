@@ -1,4 +1,4 @@
-"""init, up, down, status: this machine's node."""
+"""init, up, down, status, doctor: this machine's node."""
 
 from __future__ import annotations
 
@@ -67,6 +67,23 @@ def status(context: typer.Context) -> None:
     """Show this node, the members of its cell, and what needs care."""
     session = session_of(context)
     session.show(session.call("status"), render.status)
+
+
+def doctor(context: typer.Context) -> None:
+    """Check this machine, this node, and how others reach it; exit 1 when something fails."""
+    import os
+
+    import msgspec
+
+    from knode.control.doctor import examine
+    from knode.node.health import Grade
+
+    session = session_of(context)
+    checks = examine(session.home, os.environ)
+    is_ok = all(check.grade is not Grade.FAIL for check in checks)
+    session.show({"ok": is_ok, "checks": msgspec.to_builtins(checks)}, render.doctor)
+    if not is_ok:
+        raise typer.Exit(1)
 
 
 def network_flags(port: int | None, host: str | None) -> dict[str, str]:
