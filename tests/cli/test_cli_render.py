@@ -124,5 +124,5 @@ def test_a_peer_is_shown_with_a_line_for_each_way_to_it() -> None:
         "",
         "WAY   ADDRESS        SCOPE  SOURCE  PROBLEM",
         "quic  10.0.0.2:4747  local  told    -",
-        "quic  \\x1b[2J       wide   heard   refused",
+        "quic  \\x1b[2J        wide   heard   refused",
     ]

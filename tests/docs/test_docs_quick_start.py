@@ -216,6 +216,7 @@ def test_documents_have_the_shape_that_the_page_shows(played: Played) -> None:
         "knode invite": ticket,
         "knode join": third.document("join", ticket["ticket"], "--name", "third"),
         "knode peer list": home.call("peer.list"),
+        "knode doctor": home.document("doctor"),
         "knode peer ping": home.call("peer.ping", node="laptop", count=2),
         "knode member role": home.call("member.role", node="third", role="observer"),
         "knode member revoke": home.call("member.revoke", node="third"),
