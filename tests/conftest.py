@@ -13,7 +13,8 @@ __all__ = ["cell"]
 def pytest_configure() -> None:
     """End at SIGTERM as at Ctrl-C: fixtures then stop the processes and unmount the disks that they made.
 
-    No daemon of a test speaks to the machine's own network.
+    No daemon of a test speaks to the machine's own network, or imports libp2p, which takes a second each.
     """
+    os.environ["KNODE_DISCOVERY_LIBP2P"] = "false"
     os.environ["KNODE_DISCOVERY_MDNS"] = "false"
     signal.signal(signal.SIGTERM, signal.default_int_handler)

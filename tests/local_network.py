@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_processes import PATIENCE_S, kill_daemons, until
+from real_processes import PATIENCE_S, kill_daemons, plain_environment, until
 
 _numbers = itertools.count()
 
@@ -89,14 +89,17 @@ class Owner:
     def knode(self, machine: str, *words: str) -> Any:
         """Run a command on a machine and return its document."""
         home = self.homes.setdefault(machine, self._folder / machine)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("KNODE_", "XDG_"))}
+        environment = plain_environment() | {
+            "KNODE_DISCOVERY_MDNS": "true",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         line = [sys.executable, "-m", "knode", *words, "--home", str(home), "--json", "--no-input"]
         done = subprocess.run(
             self.network.on(machine, *line),
             capture_output=True,
             text=True,
             timeout=2 * PATIENCE_S,
-            env=kept | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            env=environment,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)

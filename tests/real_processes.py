@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -20,6 +21,12 @@ class Process(subprocess.Popen):
     def __exit__(self, *error: Any) -> None:
         self.kill()
         super().__exit__(*error)
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment without what whoever runs the tests has set for knode, and with what the tests set."""
+    kept = {key: text for key, text in os.environ.items() if not key.startswith(("KNODE_", "XDG_"))}
+    return kept | {key: text for key, text in os.environ.items() if key.startswith("KNODE_DISCOVERY_")}
 
 
 def until(condition: Callable[[], Any]) -> Any:

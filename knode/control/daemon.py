@@ -15,16 +15,19 @@ from knode.agents.sandbox.choice import SANDBOXES, Choice, choose_sandbox
 from knode.control.methods import ControlMethods
 from knode.control.protocol import PROTOCOL
 from knode.control.server import serve
-from knode.errors import EXIT_OK, KnodeError
-from knode.home.configuration import Configuration, load_configuration
+from knode.errors import EXIT_OK, Code, KnodeError
+from knode.home.configuration import Configuration, DiscoverySettings, load_configuration
 from knode.home.folder import open_home
 from knode.home.layout import Home
 from knode.home.lock import hold_home, make_socket_folder
 from knode.home.logging import OpenLog, open_log
 from knode.identity import PublicKey
+from knode.identity.keystore import load_key
 from knode.node.node import Machine, Node
 from knode.transport import Carrier
 from knode.transport.certificate import make_certificate
+from knode.transport.libp2p_address import parse_peer_address
+from knode.transport.libp2p_carrier import Libp2pCarrier, Libp2pSettings
 from knode.transport.mdns import MulticastDns
 from knode.transport.partition import Partition, PartitionedCarrier
 from knode.transport.quic import QuicCarrier
@@ -78,11 +81,19 @@ async def _serve(world: World, home: Home, configuration: Configuration, log: Op
             "websocket": WebSocketCarrier(home.certificate, log.logger),
             "quic": QuicCarrier(home.certificate, log.logger),
         }
+        libp2p = _libp2p(world, home, settings.discovery, log) if settings.discovery.libp2p else None
+        if libp2p is not None:
+            carriers["libp2p"] = libp2p
         partition = Partition(settings.testnet.cut_off_from) if settings.testnet.faults else None
         if partition is not None:
             carriers = {name: PartitionedCarrier(each, partition) for name, each in carriers.items()}
         announcer = MulticastDns(world.randomness.token(20).hex()) if settings.discovery.mdns else None
-        node = await Node.open(world, home, settings, carriers, machine, log.logger, announcer=announcer)
+        finder = libp2p if settings.discovery.relays or settings.discovery.bootstrap else None
+        node = await Node.open(
+            world, home, settings, carriers, machine, log.logger, announcer=announcer, finder=finder
+        )
+        if libp2p is not None:
+            libp2p.may_reserve = lambda node_id: any(p.node_id == node_id for p in node.peers.members())
         if partition is not None:
             _tell_owners(partition, node)
             nursery.start_soon(partition.run)
@@ -98,6 +109,24 @@ async def _serve(world: World, home: Home, configuration: Configuration, log: Op
                 ),
             )
         )
+
+
+def _libp2p(world: World, home: Home, settings: DiscoverySettings, log: OpenLog) -> Libp2pCarrier:
+    """Make the carrier of libp2p links, which imports libp2p when the node listens.
+
+    Raises:
+        KnodeError: CONFIG_INVALID for a multiaddr that only looks like one; HOME_DAMAGED without a key.
+    """
+    try:
+        relays, bootstrap = (
+            [parse_peer_address(text) for text in texts] for texts in (settings.relays, settings.bootstrap)
+        )
+    except ValueError as error:
+        raise KnodeError(
+            Code.CONFIG_INVALID, str(error), "correct it with 'knode config set discovery.relays'"
+        ) from error
+    ours = Libp2pSettings(settings.libp2p_port, relays, bootstrap, offers_relay=settings.relay_server)
+    return Libp2pCarrier(world, load_key(world, home.node_key), log.logger, ours)
 
 
 def _tell_owners(partition: Partition, node: Node) -> None:

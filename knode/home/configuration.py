@@ -24,7 +24,13 @@ from knode.world import World
 
 FILE_LIMIT_BYTES = 1024 * 1024
 
-Address = Annotated[str, Meta(pattern=r"^(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):[0-9]{1,5}\Z", max_length=261)]
+_PEER = r"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/tcp/[0-9]{1,5}/p2p/[1-9A-HJ-NP-Za-km-z]+"
+_HOST_PORT = r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}"
+Address = Annotated[
+    str, Meta(pattern=rf"^({_HOST_PORT}|{_PEER}(/p2p-circuit/p2p/[1-9A-HJ-NP-Za-km-z]+)?)\Z", max_length=261)
+]
+PeerAddress = Annotated[str, Meta(pattern=rf"^{_PEER}\Z", max_length=190)]
+"""The multiaddr of a libp2p peer over TCP; short enough that an address behind it fits, too."""
 NodeId = Annotated[str, Meta(pattern=r"^[1-9A-HJ-NP-Za-km-z]+\Z", max_length=64)]
 
 
@@ -70,6 +76,11 @@ class DiscoverySettings(Struct, frozen=True, forbid_unknown_fields=True):
     """`discovery.*`: how nodes find each other where no address of theirs is known."""
 
     mdns: bool = True
+    libp2p: bool = True
+    libp2p_port: Annotated[int, Meta(ge=0, le=65535)] = 4748
+    relays: Annotated[tuple[PeerAddress, ...], Meta(max_length=4)] = ()
+    relay_server: bool = False
+    bootstrap: Annotated[tuple[PeerAddress, ...], Meta(max_length=16)] = ()
 
 
 class TestnetSettings(Struct, frozen=True, forbid_unknown_fields=True):

@@ -33,6 +33,7 @@ from knode.mesh.roster import (
     sign_statement,
 )
 from knode.mesh.ticket import MAX_ADDRESSES, SECRET_BYTES, VERSION, Ticket
+from knode.mesh.ways import fitting
 from knode.storage import Database
 from knode.world import World
 
@@ -180,7 +181,7 @@ class Membership:
             self.key.public.raw,
             self.roster.cell_id,
             self._world.randomness.token(SECRET_BYTES),
-            addresses[:MAX_ADDRESSES],
+            fitting(addresses, MAX_ADDRESSES),
         )
         return ticket, await self.invitations.keep(ticket.key.public.raw, role)
 

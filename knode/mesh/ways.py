@@ -9,7 +9,7 @@ Python; across the internet QUIC outlives a change of address and a lost packet 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -98,6 +98,14 @@ def can_be_dialled(address: str) -> bool:
     except ValueError:
         return True  # a name or a multiaddr: its carrier will see
     return not (ip.is_unspecified or ip.is_multicast or str(ip) == "255.255.255.255")
+
+
+def fitting(addresses: Sequence[str], places: int) -> tuple[str, ...]:
+    """Return the addresses that are told where only `places` fit: relayed ones work from everywhere, so
+    some of them always do."""
+    relayed = [address for address in addresses if scope_of(address) is Scope.RELAYED][: max(1, places // 4)]
+    direct = [address for address in addresses if scope_of(address) is not Scope.RELAYED]
+    return (*direct[: places - len(relayed)], *relayed)
 
 
 def ways_to(addresses: Iterable[str], carriers: Mapping[str, Carrier]) -> list[Way]:

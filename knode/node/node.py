@@ -21,6 +21,7 @@ from knode.mesh.contact import MAX_ADDRESSES, Contact, SignedContact, sign_conta
 from knode.mesh.discovery import Announcer, Discovery
 from knode.mesh.gossip import Gossip
 from knode.mesh.joining import Joining, Welcome
+from knode.mesh.lookup import Finder, Lookup
 from knode.mesh.membership import SCHEMA as MESH_SCHEMA
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Methods
@@ -29,6 +30,7 @@ from knode.mesh.pinging import Pinging
 from knode.mesh.reaching import Reaching
 from knode.mesh.roster import Role
 from knode.mesh.ticket import Ticket
+from knode.mesh.ways import fitting
 from knode.storage import Database
 from knode.tasks.direct import DirectTasks
 from knode.tasks.folders import Folders
@@ -71,6 +73,7 @@ class Node:
         carriers: Mapping[str, Carrier],
         machine: Machine,
         announcer: Announcer | None,
+        finder: Finder | None,
         log: Log,
     ) -> None:
         self.world = world
@@ -99,6 +102,7 @@ class Node:
             self.discovery = Discovery(
                 world, self.membership, self.peers, announcer, lambda: self._listened, log
             )
+        self.lookup = Lookup(world, self.peers, finder, log) if finder is not None else None
         self.joining = Joining(world, self.membership, self.peers, self.gossip, self.methods, self.discovery)
         self.pinging = Pinging(world, self.methods)
         self.reaching = Reaching(world, self.membership, self.peers, self.methods)
@@ -133,6 +137,7 @@ class Node:
         log: Log,
         *,
         announcer: Announcer | None = None,
+        finder: Finder | None = None,
     ) -> Node:
         """Read the node's home; nothing is sent or listened to yet.
 
@@ -144,6 +149,7 @@ class Node:
             machine: what the machine can do.
             log: where it says what happens.
             announcer: how it finds others on the local network; None: not at all.
+            finder: whom it asks where absent members are; None: nobody.
 
         Raises:
             KnodeError: HOME_DAMAGED, HOME_TOO_NEW, LOCKED, DISK_FULL, DISK_READ_ONLY.
@@ -152,7 +158,9 @@ class Node:
         owner_key = load_key(world, home.owner_key) if world.disk.exists(home.owner_key) else None
         database = await open_database(world, home)
         try:
-            node = cls(world, home, settings, database, key, owner_key, carriers, machine, announcer, log)
+            node = cls(
+                world, home, settings, database, key, owner_key, carriers, machine, announcer, finder, log
+            )
             await node.membership.load()
             await world.blocking.run(node.registry.load)
         except BaseException:
@@ -199,6 +207,8 @@ class Node:
             nursery.start_soon(self._keep_contact)
             if self.discovery is not None:
                 nursery.start_soon(self.discovery.run)
+            if self.lookup is not None:
+                nursery.start_soon(self.lookup.run)
             self.log.info("node is up", node=self.key.node_id, addresses=self.addresses)
             up.set()
             await self._going_down.wait()
@@ -242,9 +252,8 @@ class Node:
         """Sign this node's addresses; later than what it signed before, whatever the clock says."""
         last = self.membership.contacts.get(self.key.public.raw)
         issued = max(self.world.clock.wall(), last.body.issued + 1 if last is not None else 0)
-        return sign_contact(
-            self.key, Contact(self.key.public.raw, self.addresses[:MAX_ADDRESSES], __version__, issued)
-        )
+        addresses = fitting(self.addresses, MAX_ADDRESSES)
+        return sign_contact(self.key, Contact(self.key.public.raw, addresses, __version__, issued))
 
     async def _tell_contact(self) -> None:
         """Tell this node's addresses, when they are not those that were told last."""
@@ -252,7 +261,7 @@ class Node:
             return
         last = self.membership.contacts.get(self.key.public.raw)
         told = None if last is None else (last.body.addresses, last.body.version)
-        if told == (self.addresses[:MAX_ADDRESSES], __version__):
+        if told == (fitting(self.addresses, MAX_ADDRESSES), __version__):
             return
         try:
             self.gossip.push_contacts(await self.membership.add_contacts([self._contact()]))

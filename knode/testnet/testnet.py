@@ -350,7 +350,10 @@ def _with_id(node: TestnetNode, node_id: str) -> TestnetNode:
 
 def _configure(node: TestnetNode, *, cut_off_from: Sequence[str] = ()) -> None:
     """Write what every node of a testnet is told, as whoever runs a machine does."""
-    settings = {"testnet": {"faults": True, "cut_off_from": list(cut_off_from)}}
+    settings = {
+        "discovery": {"mdns": False, "libp2p": False},
+        "testnet": {"faults": True, "cut_off_from": list(cut_off_from)},
+    }
     config = Home(node.home).config_system
     for folder in (node.home, config.parent):
         folder.mkdir(mode=0o700, exist_ok=True)

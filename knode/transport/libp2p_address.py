@@ -60,6 +60,12 @@ def circuit_address(relay: str, peer_id: str) -> str:
     return f"{relay}/p2p-circuit/p2p/{peer_id}"
 
 
+def without_peer_id(address: str) -> str:
+    """Return a multiaddr without the PeerId at its end, if it has one."""
+    rest, slash, peer_id = address.rpartition("/p2p/")
+    return rest if slash and "/" not in peer_id else address
+
+
 def parse_peer_address(text: str) -> PeerAddress:
     """Read a multiaddr of one of the two forms.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import trio
 from libp2p.abc import ISecureConn
+from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import IOException
 
 from knode.transport.libp2p_yamux import Stream, Yamux, YamuxError
@@ -60,6 +61,11 @@ class Connection:
         self._scope = trio.CancelScope()
         self._closing = False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether streams can be opened."""
+        return self.ended_why is None and not self._closing
+
     async def run(self, serve: Callable[[MuxedStream], None]) -> None:
         """Move bytes until the connection ends, of which `ended_why` says why.
 
@@ -81,7 +87,7 @@ class Connection:
 
     def open_stream(self) -> MuxedStream:
         """Open a stream; raises StreamEnded when the connection is gone."""
-        if self.ended_why is not None or self._closing:
+        if not self.is_open:
             raise StreamEnded(self.ended_why or "it is being closed", in_order=False)
         stream = MuxedStream(self, self.core.open())
         self.wake()
@@ -150,10 +156,10 @@ class Connection:
         self._scope.cancel()
 
 
-class MuxedStream:
+class MuxedStream(ReadWriteCloser):
     """One stream of a connection. One task reads and one writes at a time.
 
-    `read`, `write`, `close` and `reset` are what the library's functions expect of a stream.
+    `read`, `write`, `close` and `get_remote_address` are what the library's functions expect of a stream.
     """
 
     def __init__(self, connection: Connection, stream: Stream) -> None:
@@ -249,6 +255,6 @@ class MuxedStream:
         """`finish`, as the library calls it."""
         self.finish()
 
-    async def reset(self) -> None:
-        """`abort`, as the library calls it."""
-        self.abort()
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Nobody asks: see `Connection.remote_address`."""
+        return None

@@ -21,6 +21,7 @@ from libp2p.custom_types import TProtocol
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
+from libp2p.protocol_muxer.exceptions import MultiselectError
 from libp2p.protocol_muxer.multiselect import Multiselect
 from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
@@ -74,10 +75,13 @@ class Host:
         self.private_key = Ed25519PrivateKey.from_bytes(key.seed)
         self.handlers: dict[str, Handler] = {}
         """What is offered to everybody who connects, by protocol."""
+        self.on_connection: list[Callable[[Connection], Awaitable[None]]] = []
+        """Run for each connection that others open, for as long as it lasts at most."""
         self.connections: list[Connection] = []
         """All that are open, the oldest first."""
         self.counters: Counter[str] = Counter()
-        """What strangers have caused: `dropped` openings, `refused` connections, `failed` streams."""
+        """What became of strangers: connections `dropped` before they were open, or that `made room` for
+        others; streams `refused`, which want what is not offered, or `failed`. `faults` are our own."""
         self._log = log
         self._lines = StrangerLines()
         self._openings = Openings()
@@ -96,28 +100,15 @@ class Host:
             connected.close()
             self.counters["dropped"] += 1
             return
-        raw = _raw_of(connected)
-        why = f"not open after {OPENING_SECONDS} seconds, or the oldest when others came"
-        connection = None
-        try:
-            with self._openings.take(OPENING_SECONDS):
-                connection = await self._upgrade(raw, None, remote_address=remote, relayed=False)
-        except NotOpened as error:
-            why = str(error)
-        finally:
-            if connection is None:
-                raw.close_now()
-        if connection is None:
-            self._drop(remote, why)
-            return
-        if not self._make_room():
-            self.counters["refused"] += 1
-            raw.close_now()
-            return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._close_when_idle, connection)
+        connection = await self._open_as_listener(_raw_of(connected), remote, relayed=False)
+        if connection is not None:
             await self._keep(connection)
-            nursery.cancel_scope.cancel()
+
+    async def accept_circuit(self, raw: RawBytes, relay: str) -> None:
+        """Take a connection that somebody opened through a relay, until it ends or idles."""
+        connection = await self._open_as_listener(raw, f"{relay} (relay)", relayed=True)
+        if connection is not None:
+            self._keep_in_background(connection)
 
     async def dial(self, address: PeerAddress) -> Connection:
         """Open a new connection straight to a peer.
@@ -132,16 +123,28 @@ class Host:
         except OSError as error:
             raise NotOpened(str(error.__cause__ or error)) from error
         raw = _raw_of(connected)
-        return await self.adopt(raw, address.peer_id, join_address(address.host, address.port), relayed=False)
+        remote = join_address(address.host, address.port)
+        return await self.dial_over(raw, address.peer_id, remote, relayed=False)
 
-    async def adopt(
-        self, raw: RawBytes, peer_id: str | None, remote_address: str, *, relayed: bool
+    async def reach(self, address: PeerAddress) -> Connection:
+        """Return a connection straight to who answers at an address: one that is open, or a new one.
+
+        Raises:
+            NotOpened: with why. The caller sets the deadline.
+        """
+        for connection in self.connections:
+            if connection.peer_id == address.peer_id and connection.is_open and not connection.relayed:
+                return connection
+        return await self.dial(PeerAddress(address.host, address.port, address.peer_id))
+
+    async def dial_over(
+        self, raw: RawBytes, peer_id: str, remote_address: str, *, relayed: bool
     ) -> Connection:
-        """Make a connection of bytes that go to a peer, and keep it until it ends.
+        """Make a connection of bytes that go to a peer, and keep it until it ends or idles.
 
         Args:
             raw: closed when this fails.
-            peer_id: who must be there when this end initiates; None when the other end does.
+            peer_id: who must be there.
             remote_address: where that is, for people.
             relayed: whether the bytes run through a third node.
 
@@ -149,12 +152,11 @@ class Host:
             NotOpened: with why.
         """
         try:
-            connection = await self._upgrade(raw, peer_id, remote_address=remote_address, relayed=relayed)
+            connection = await self._upgrade(raw, peer_id, remote_address, relayed=relayed)
         except BaseException:
             raw.close_now()
             raise
-        # the task belongs to the run, as the kernel's own work for a TCP connection does: see `_keep`
-        trio.lowlevel.spawn_system_task(self._keep, connection, name=f"libp2p to {connection.peer_id}")
+        self._keep_in_background(connection)
         return connection
 
     async def open_stream(self, connection: Connection, protocol: str) -> MuxedStream:
@@ -189,8 +191,30 @@ class Host:
         if not self._in_use[connection]:
             del self._in_use[connection]
 
+    async def _open_as_listener(
+        self, raw: RawBytes, remote_address: str, *, relayed: bool
+    ) -> Connection | None:
+        """Return what a connection of somebody else becomes, or None when it is dropped."""
+        why = f"not open after {OPENING_SECONDS} seconds, or the oldest when others came"
+        connection = None
+        try:
+            with self._openings.take(OPENING_SECONDS):
+                upgraded = await self._upgrade(raw, None, remote_address, relayed=relayed)
+                if not self._make_room():
+                    raise NotOpened(f"{CONNECTIONS_AT_ONCE} others are in use")
+                connection = upgraded
+        except NotOpened as error:
+            why = str(error)
+        finally:
+            if connection is None:
+                raw.close_now()
+        if connection is None:
+            self.counters["dropped"] += 1
+            self._tell("libp2p connection dropped", remote_address, why)
+        return connection
+
     async def _upgrade(
-        self, raw: RawBytes, peer_id: str | None, *, remote_address: str, relayed: bool
+        self, raw: RawBytes, peer_id: str | None, remote_address: str, *, relayed: bool
     ) -> Connection:
         """Agree on Noise, prove keys, agree on Yamux. `peer_id` is None for the end that was dialled."""
         initiator = peer_id is not None
@@ -216,13 +240,22 @@ class Host:
             relayed=relayed,
         )
 
+    def _keep_in_background(self, connection: Connection) -> None:
+        # belongs to the run, as the kernel's own work for a TCP connection does: see `_keep`
+        trio.lowlevel.spawn_system_task(self._keep, connection, name=f"libp2p with {connection.peer_id}")
+
     async def _keep(self, connection: Connection) -> None:
         """Run a connection and what others ask over it, until it ends. Only a cancellation comes out."""
         self.connections.append(connection)
         try:
-            async with trio.open_nursery() as nursery:
+            # what others asked for ends with its streams, when all that came is handled
+            async with trio.open_nursery() as nursery, trio.open_nursery() as companions:
+                companions.start_soon(self._close_when_idle, connection)
+                if not connection.initiator:
+                    for run in self.on_connection:
+                        companions.start_soon(run, connection)
                 await connection.run(lambda stream: nursery.start_soon(self._handle, stream))
-                # what others asked for ends with its streams; what was read but not handled yet is
+                companions.cancel_scope.cancel()
         except Exception:
             self.counters["faults"] += 1
             self._log.error("a libp2p connection failed", remote=connection.remote_address, exc_info=True)
@@ -231,13 +264,15 @@ class Host:
             self.connections.remove(connection)
 
     async def _handle(self, stream: MuxedStream) -> None:
+        offered = Multiselect({TProtocol(name): None for name in self.handlers})
+        negotiated = MultiselectCommunicator(_Negotiated(stream))
         try:
-            offered = Multiselect({TProtocol(name): None for name in self.handlers})
-            protocol, _ = await offered.negotiate(
-                MultiselectCommunicator(_Negotiated(stream)), OPENING_SECONDS
-            )
+            protocol, _ = await offered.negotiate(negotiated, OPENING_SECONDS)
             await self.handlers[str(protocol)](stream)
         except StreamEnded:
+            stream.abort()
+        except MultiselectError:  # it wants what is not here, or says nothing
+            self.counters["refused"] += 1
             stream.abort()
         except Exception as error:  # a stranger's stream ends alone, whatever came over it
             stream.abort()
@@ -255,7 +290,7 @@ class Host:
         unused = next((each for each in theirs if each not in self._in_use), None)
         if unused is None:
             return False
-        self.counters["refused"] += 1
+        self.counters["made room"] += 1
         unused.abort()
         return True
 
@@ -268,10 +303,6 @@ class Host:
                 await connection.aclose()
             while connection.core.streams:
                 await connection.changed.wait()
-
-    def _drop(self, remote: str, why: str) -> None:
-        self.counters["dropped"] += 1
-        self._tell("libp2p connection dropped", remote, why)
 
     def _tell(self, event: str, remote: str, why: str) -> None:
         left_out = self._lines.admit(remote, trio.current_time())

@@ -1,23 +1,20 @@
-"""One end of a libp2p link: frames on a stream of protocol `/klp/1.0.0`.
-
-A frame is its length, 4 bytes big-endian, and its bytes.
-"""
+"""One end of a libp2p link: frames on a stream of protocol `/klp/1.0.0`."""
 
 from __future__ import annotations
 
 import hashlib
-import struct
+from collections import deque
 
 import base58
 import trio
 
+from knode.transport.framing import FrameReader, frame_prefix
 from knode.transport.libp2p_connection import Connection, MuxedStream, StreamEnded
-from knode.transport.link import MAX_FRAME_BYTES, LinkClosed, LinkStatistics
+from knode.transport.link import LinkClosed, LinkFault, LinkStatistics
 
 PROTOCOL = "/klp/1.0.0"
 CLOSE_SECONDS = 2
 
-_LENGTH = struct.Struct("!I")
 _READ_BYTES = 1024 * 1024
 _BINDING_DOMAIN = b"KLP/1 libp2p channel\0"
 
@@ -47,8 +44,9 @@ class Libp2pLink:
         self._stream = stream
         self._ends_connection = ends_connection
         self._statistics = LinkStatistics()
-        self._incoming = bytearray()
-        self._closed_why: str | None = None
+        self._reader = FrameReader()
+        self._frames: deque[bytes] = deque()
+        self._closed: LinkClosed | None = None
         self._is_closing = False
 
     @property
@@ -64,92 +62,81 @@ class Libp2pLink:
 
     async def send_frame(self, frame: bytes | bytearray | memoryview) -> None:
         """Send one frame; see `Link.send_frame`."""
-        size = len(frame)
-        if not 0 < size <= MAX_FRAME_BYTES:
-            raise ValueError(f"a frame has 1 to {MAX_FRAME_BYTES} bytes, not {size}")
+        prefix = frame_prefix(len(frame))
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check_open()
         sent_before = self._stream.sent_bytes
         try:
-            await self._stream.write(_LENGTH.pack(size) + frame)
+            await self._stream.write(prefix + frame)
         except StreamEnded as error:
-            self._drop(error.reason)
-            raise LinkClosed(self._closed_why or "") from error
+            self._drop(LinkClosed(error.reason))
+            raise LinkClosed(error.reason) from error
         except BaseException:
             if self._stream.sent_bytes != sent_before:
                 # the other end has part of a frame, and nobody will send the rest
-                self._drop("a frame was cancelled while it was sent")
+                self._drop(LinkClosed("a frame was cancelled while it was sent"))
             raise
         self._statistics.frames_sent += 1
-        self._statistics.bytes_sent += size
+        self._statistics.bytes_sent += len(frame)
 
     async def receive_frame(self) -> bytes:
         """Return the next frame; see `Link.receive_frame`."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        self._check_open()
-        missing = self._missing_bytes()
-        while missing > 0:
-            try:
-                self._incoming += await self._stream.read(_READ_BYTES)
-            except StreamEnded as error:
-                self._end(error)
-                raise LinkClosed(self._closed_why or "it was closed here") from error
-            missing = self._missing_bytes()
-        size = _LENGTH.unpack_from(self._incoming)[0]
-        end = _LENGTH.size + size
-        frame = bytes(memoryview(self._incoming)[_LENGTH.size : end])
-        del self._incoming[:end]
+        if self._frames:
+            await trio.lowlevel.checkpoint()
+        while self._is_closing or not self._frames:
+            self._check_open()
+            await self._read()
+        frame = self._frames.popleft()
         self._statistics.frames_received += 1
-        self._statistics.bytes_received += size
+        self._statistics.bytes_received += len(frame)
         return frame
 
     async def aclose(self) -> None:
         """Close; see `Link.aclose`."""
         self._is_closing = True
+        self._frames.clear()  # nobody wants them any more
         try:
             with trio.move_on_after(CLOSE_SECONDS):
                 await trio.lowlevel.checkpoint()
-                if self._closed_why is None:
+                if self._closed is None:
                     self._stream.finish()
                     await self._stream.discard()
                 if self._ends_connection:
                     await self._stream.connection.aclose()
         finally:
-            self._drop("it was closed here")
+            self._drop(LinkClosed("it was closed here"))
 
-    def _missing_bytes(self) -> int:
-        """Return how much of the next frame has not come, at least; raises LinkClosed when it is none."""
-        if len(self._incoming) < _LENGTH.size:
-            return _LENGTH.size - len(self._incoming)
-        size = _LENGTH.unpack_from(self._incoming)[0]
-        if not 0 < size <= MAX_FRAME_BYTES:
-            self._drop("the other end sent what is no frame")
-            raise LinkClosed(self._closed_why or "")
-        return int(_LENGTH.size + size - len(self._incoming))
+    async def _read(self) -> None:
+        """Take what comes next: frames, or the end."""
+        try:
+            self._frames += self._reader.feed(await self._stream.read(_READ_BYTES))
+        except StreamEnded as ended:
+            self._end(ended)
+        if self._reader.fault is not None:
+            self._drop(LinkFault(self._reader.fault))
 
     def _end(self, ended: StreamEnded) -> None:
         """The other end says nothing more: say good-bye too, when it did."""
         if self._is_closing:
             return
         if not ended.in_order:
-            self._drop(f"the connection broke ({ended.reason})")
-        elif self._incoming:
-            self._drop("the other end finished in the middle of a frame")
+            self._drop(LinkClosed(f"the connection broke ({ended.reason})"))
+        elif self._reader.inside_frame:
+            self._drop(LinkFault("the other end finished inside a frame"))
         else:
             self._stream.finish()
-            self._closed_why = "the other end closed it"
+            self._closed = LinkClosed("it was closed by the other end")
 
     def _check_open(self) -> None:
-        if self._closed_why is not None:
-            raise LinkClosed(self._closed_why)
+        if self._closed is not None:
+            raise type(self._closed)(self._closed.reason)
         if self._is_closing:
             raise LinkClosed("it was closed here")
 
-    def _drop(self, why: str) -> None:
+    def _drop(self, why: LinkClosed) -> None:
         """End the stream, without a good-bye. The first reason stays."""
-        if self._closed_why is None:
-            self._closed_why = why
-        self._incoming.clear()
+        if self._closed is None:
+            self._closed = why
         self._stream.abort()
         if self._ends_connection:
             self._stream.connection.abort()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_processes import PATIENCE_S, Process, kill_daemons, until
+from real_processes import PATIENCE_S, Process, kill_daemons, plain_environment, until
 
 from knode.cli.daemon import answering
 from knode.control.client import Client
@@ -32,7 +31,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
 
 
 def start(home: Home) -> Process:
-    environment = {key: text for key, text in os.environ.items() if not key.startswith(("KNODE_", "XDG_"))}
+    environment = plain_environment()
     line = [sys.executable, "-m", "knode", "up", "--home", str(home.path)]
     return Process(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 

@@ -6,7 +6,6 @@ Both nodes then answer with the JSON that docs/cli.md shows.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 from docs_pages import ROOT, knode_words, page
-from real_processes import PATIENCE_S, Process, kill_daemons
+from real_processes import PATIENCE_S, Process, kill_daemons, plain_environment
 
 from knode.control.client import Client
 from knode.home.layout import Home
@@ -90,7 +89,7 @@ class Machine:
     def __init__(self, path: Path) -> None:
         self.home = Home(path)
         self._environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith("KNODE_")},
+            **plain_environment(),
             "KNODE_HOME": str(path),
             "KNODE_NODE_HOST": "127.0.0.1",
             "KNODE_NODE_PORT": "0",

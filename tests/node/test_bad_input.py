@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_processes import Process, kill_daemons, until
+from real_processes import Process, kill_daemons, plain_environment, until
 
 from knode.cli.main import main
 from knode.control.client import Client
@@ -46,7 +46,7 @@ class Machine:
     """A home, and the command line on it."""
 
     def __init__(self, path: Path, *, runtime: Path | None = None) -> None:
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("KNODE_", "XDG_"))}
+        self.environment = plain_environment()
         if runtime is not None:
             self.environment["XDG_RUNTIME_DIR"] = str(runtime)
         self.home = Home(path, runtime)

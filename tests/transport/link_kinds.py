@@ -21,6 +21,7 @@ from knode.transport.quic_link import QuicLink
 from knode.transport.websocket import WebSocketCarrier
 from knode.transport.websocket_link import WebSocketLink
 from knode.world import SilentLog
+from knode.world.real import real_world
 
 
 class SeededRandomness:
@@ -70,7 +71,8 @@ async def _websocket_garble(link: WebSocketLink) -> None:
 
 
 def _libp2p_carriers(_: Path) -> tuple[Carrier, Carrier]:
-    return Libp2pCarrier(KeyPair(bytes(32)), SilentLog()), Libp2pCarrier(KeyPair(b"1" * 32), SilentLog())
+    world = real_world()
+    return tuple(Libp2pCarrier(world, KeyPair(seed * 32), SilentLog()) for seed in (b"a", b"b"))
 
 
 def _libp2p_sever(link: Any) -> None:
