@@ -17,6 +17,7 @@ from knode.transport.libp2p_carrier import Libp2pCarrier
 from knode.transport.memory import MemoryNetwork
 from knode.transport.quic import QuicCarrier
 from knode.transport.websocket import WebSocketCarrier
+from knode.world.real import real_world
 
 BULK_BYTES = 32 * 1024 * 1024
 CHUNK = bytes(range(256)) * 1024
@@ -37,7 +38,7 @@ async def two(
             case "websocket":
                 carrier = WebSocketCarrier(certificate, RecordingLog())
             case "libp2p":
-                carrier = Libp2pCarrier(key_of(name), RecordingLog())
+                carrier = Libp2pCarrier(real_world(), key_of(name), RecordingLog())
             case _:
                 return MeshNode(name, tmp_path, {"memory": network.carrier(name)})
         return MeshNode(name, tmp_path, {request.param: carrier}, host="127.0.0.1")
