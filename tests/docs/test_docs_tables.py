@@ -89,3 +89,10 @@ def test_the_record_of_dependencies_names_each_of_them() -> None:
     for requirement in project["dependencies"]:
         name = re.split(r"[<>=; ]", requirement)[0]
         assert re.search(rf"\b{name}\b", named), f"{name} is not in the record of dependencies"
+
+
+def test_every_test_that_proves_a_row_of_the_threat_model_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page("docs/threat-model.md").text)
+    assert len(named) > 30
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
