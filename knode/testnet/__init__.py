@@ -9,6 +9,6 @@ This room must never reach into a node: what it does, a user could type. It must
 and nothing on the disk that it made, whether it is told to go down, fails or is interrupted.
 """
 
-from knode.testnet.testnet import MAX_NODES, Testnet, TestnetNode
+from knode.testnet.testnet import Testnet, TestnetNode
 
-__all__ = ["MAX_NODES", "Testnet", "TestnetNode"]
+__all__ = ["Testnet", "TestnetNode"]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,19 @@ class CommandLine:
         self._lock = threading.Lock()
         self._interrupted = False
 
-    def run(self, home: Path, *words: str) -> Any:
+    def run(self, home: Path, *words: str, place: Sequence[str] = ()) -> Any:
         """Run one command on a home with --json and return its document.
+
+        Args:
+            home: the node's.
+            words: the command, without `knode`.
+            place: the words before a command that run it elsewhere, as in a namespace.
 
         Raises:
             KnodeError: the command's own error; CANCELLED when it was interrupted; TIMEOUT after 90
                 seconds, INTERNAL when it gives no document.
         """
-        line = [sys.executable, "-m", "knode", *words, "--json", "--no-input", "--home", str(home)]
+        line = [*place, sys.executable, "-m", "knode", *words, "--json", "--no-input", "--home", str(home)]
         with self._lock:
             if self._interrupted:
                 raise KnodeError(Code.CANCELLED, "interrupted")
@@ -79,16 +84,17 @@ def daemons_of(homes: Sequence[Path]) -> dict[int, Path]:
     """
     found = {}
     wanted = {os.fsencode(home): home for home in homes}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            if b"knode" in words and b"up" in words and b"--home" in words:
-                home = wanted.get(words[words.index(b"--home") + 1])
-                if home is not None:
-                    found[int(entry.name)] = home
+    for pid, words in _command_lines():
+        if b"knode" in words and b"up" in words and b"--home" in words:
+            home = wanted.get(words[words.index(b"--home") + 1])
+            if home is not None:
+                found[pid] = home
     return found
+
+
+def processes_with(*words: bytes) -> list[int]:
+    """Return the processes that have all these words among their arguments."""
+    return [pid for pid, line in _command_lines() if set(words) <= set(line)]
 
 
 def end(pids: Sequence[int], sent: signal.Signals) -> list[int]:
@@ -121,6 +127,13 @@ def free_ports(count: int) -> list[int]:
                 udp.bind(("127.0.0.1", port))
                 ports.append(port)
     return ports
+
+
+def _command_lines() -> Iterator[tuple[int, list[bytes]]]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                yield int(entry.name), (entry / "cmdline").read_bytes().split(b"\0")
 
 
 def _document(command: str, code: int, output: bytes, complaints: bytes) -> Any:

@@ -12,16 +12,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from knode.control.client import Client
 from knode.errors import Code, KnodeError
 from knode.home.layout import Home
+from knode.testnet.namespaces import Namespaces
 from knode.testnet.processes import CommandLine, daemons_of, end, free_ports
+from knode.testnet.topology import Topology, on_loopback
 
-MAX_NODES = 32
+PORT = 4747
+"""Of every node that has a network of its own."""
 STATE_FILE = "testnet.json"
 SEEN_TIMEOUT_S = 60.0
 """How long `up` waits, once all have joined, until every node sees every other."""
@@ -29,7 +34,6 @@ SEEN_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 5.0
 """How long a node that runs may take to answer, before it counts as held up."""
 
-_HOST = "127.0.0.1"
 _AT_ONCE = max(2, os.cpu_count() or 1)
 _POLL_S = 0.1
 _END_ROUNDS = 5
@@ -39,7 +43,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class TestnetNode:
-    """One node of a testnet; `home` is absolute, `port` is on loopback and stays the node's own."""
+    """One node of a testnet; `home` is absolute, `port` stays the node's own."""
 
     __test__ = False  # to pytest it only looks like a test
 
@@ -47,6 +51,11 @@ class TestnetNode:
     home: Path
     node_id: str
     port: int
+
+    @property
+    def number(self) -> int:
+        """Which node it is, from 1."""
+        return int(self.name.removeprefix("node"))
 
 
 @dataclass(slots=True)
@@ -57,45 +66,55 @@ class Testnet:
 
     folder: Path
     nodes: tuple[TestnetNode, ...]
+    topology: Topology
     partition: frozenset[str] = frozenset()
     """The names of the nodes that are cut off from all others; empty while the network is whole."""
 
     @classmethod
     def up(cls, folder: Path, *, nodes: int, tell: Tell = lambda text: None) -> Testnet:
-        """Make and start `nodes` nodes, joined to one cell; return when each sees all of them alive.
+        """Make so many nodes on loopback; see `build`."""
+        return cls.build(folder, on_loopback(nodes), tell=tell)
+
+    @classmethod
+    def build(cls, folder: Path, topology: Topology, *, tell: Tell = lambda text: None) -> Testnet:
+        """Make and start nodes, joined to one cell; return when each sees all of them alive.
 
         A failure and an interruption (KeyboardInterrupt) stop all that was started and remove all that
         was made before they are raised again.
 
         Args:
             folder: empty or absent; it becomes the testnet's.
-            nodes: 1 to MAX_NODES.
+            topology: how many nodes, and what lies between them.
             tell: told in a few words of each step.
 
         Raises:
-            KnodeError: INVALID_ARGUMENT, HOME_EXISTS when the folder is in use, TIMEOUT when they do not
-                all see each other within 60 seconds, or what a command of a node raised.
+            KnodeError: HOME_EXISTS when the folder is in use, UNAVAILABLE where the topology needs
+                namespaces and none are to be had, TIMEOUT when the nodes do not all see each other within
+                60 seconds, or what a command of a node raised.
         """
-        if not 1 <= nodes <= MAX_NODES:
-            raise KnodeError(
-                Code.INVALID_ARGUMENT, f"a testnet has 1 to {MAX_NODES} nodes, not {nodes}", "give --nodes 3"
-            )
         folder = folder.resolve()
         made_folder = _claim(folder)
-        command_line = CommandLine()
+        count = len(topology.nodes)
+        ports = [PORT] * count if topology.needs_namespaces else free_ports(count)
         planned = [
             TestnetNode(f"node{number}", folder / f"node{number}", "", port)
-            for number, port in enumerate(free_ports(nodes), start=1)
+            for number, port in enumerate(ports, start=1)
         ]
+        made = cls(folder, tuple(planned), topology)
+        command_line = CommandLine()
         try:
-            made = cls(folder, tuple(_form_cell(command_line, planned, tell)))
+            made._save()
+            if topology.needs_namespaces:
+                tell("the network")
+                Namespaces.start(folder, topology)
+            made._form_cell(command_line, tell)
             made._save()
             made._await_all_seen(tell)
         except BaseException:
             with _uninterrupted():
                 tell("stopping and removing what was started")
                 command_line.interrupt()
-                cls(folder, tuple(planned)).down()
+                made.down()
                 if made_folder:
                     folder.rmdir()
             raise
@@ -113,6 +132,7 @@ class Testnet:
         try:
             document = json.loads(file.read_text())
             nodes = tuple(_node_of(folder, row) for row in document["nodes"])
+            topology = msgspec.convert(document["topology"], Topology)
             partition = frozenset(document["partition"]) & {node.name for node in nodes}
         except (FileNotFoundError, NotADirectoryError) as error:
             raise KnodeError(
@@ -124,7 +144,7 @@ class Testnet:
             raise KnodeError(
                 Code.HOME_DAMAGED, f"{file} is damaged ({error})", "stop its nodes with 'knode down --home …'"
             ) from error
-        return cls(folder, nodes, partition)
+        return cls(folder, nodes, topology, partition)
 
     def node(self, which: str) -> TestnetNode:
         """Return a node by number or name; NOT_FOUND when there is none."""
@@ -160,6 +180,7 @@ class Testnet:
                 f"a partition has nodes on both sides: {len(side)} of {len(self.nodes)} are none",
                 f"knode testnet partition {self.nodes[-1].name} --dir {self.folder}",
             )
+        self.topology.check_partition(node.number for node in self.nodes if node.name in side)
         self._divide(frozenset(side))
 
     def heal(self) -> None:
@@ -198,7 +219,7 @@ class Testnet:
         """Start a node again on its own port; one that runs is stopped first."""
         node = self.node(which)
         self._end([node])
-        CommandLine().run(node.home, "up", "--detach")
+        self._run(CommandLine(), node, "up", "--detach")
 
     def down(self) -> None:
         """Stop every node and remove the nodes' homes; the folder itself stays, empty of them."""
@@ -207,6 +228,9 @@ class Testnet:
             Home(node.home).socket.unlink(missing_ok=True)  # it may lie outside of the home
             if node.home.exists():
                 shutil.rmtree(node.home)
+        network = Namespaces.find(self.folder)
+        if network is not None:
+            network.stop()
         (self.folder / STATE_FILE).unlink(missing_ok=True)
 
     def _end(self, nodes: Sequence[TestnetNode]) -> None:
@@ -223,15 +247,77 @@ class Testnet:
         """Write the partition down, for the nodes that start later, then tell those that run."""
         self.partition = partition
         self._save()
+        network = self._network()
         for node in self.nodes:
-            ids = [other.node_id for other in self.cut_off_from(node)]
-            _configure(node, cut_off_from=ids)
+            others = self.cut_off_from(node)
+            if network is not None:
+                network.bar(node.name, self.topology.barred(node.number, [each.number for each in others]))
+                continue
+            self._configure(node)
+            params = {"cut_off_from": [other.node_id for other in others]}
             try:
                 with Client.connect(Home(node.home)) as client:
-                    client.call("testnet.partition", {"cut_off_from": ids}, silence_s=ANSWER_TIMEOUT_S)
+                    client.call("testnet.partition", params, silence_s=ANSWER_TIMEOUT_S)
             except KnodeError as error:
                 if error.code is not Code.NOT_RUNNING:
                     raise
+
+    def _network(self) -> Namespaces | None:
+        """Return the namespaces of the nodes; None on loopback.
+
+        Raises:
+            KnodeError: NOT_RUNNING when they should be there and are not.
+        """
+        if not self.topology.needs_namespaces:
+            return None
+        found = Namespaces.find(self.folder)
+        if found is None:
+            raise KnodeError(
+                Code.NOT_RUNNING,
+                f"the network of the testnet in {self.folder} does not run any more",
+                f"knode testnet down --dir {self.folder}",
+            )
+        return found
+
+    def _run(self, command_line: CommandLine, node: TestnetNode, *words: str) -> Any:
+        """Run a command of a node where the node is."""
+        network = self._network()
+        place = [] if network is None else network.enter(node.name)
+        return command_line.run(node.home, *words, place=place)
+
+    def _configure(self, node: TestnetNode) -> None:
+        """Write a node's configuration, as whoever runs a machine does."""
+        settings = self.topology.settings_of(node.number, self.nodes[0].node_id)
+        if not self.topology.needs_namespaces:
+            cut_off_from = [other.node_id for other in self.cut_off_from(node)]
+            settings = settings | {"testnet": {"faults": True, "cut_off_from": cut_off_from}}
+        config = Home(node.home).config_system
+        for folder in (node.home, config.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        _write(config, settings)
+
+    def _form_cell(self, command_line: CommandLine, tell: Tell) -> None:
+        """Found the cell on the first node and let the others join it, as many at once as there are cores."""
+        first, *others = self.nodes
+        host = "::" if self.topology.needs_namespaces else "127.0.0.1"
+        tell(f"{first.name}: a new cell")
+        founded = self._run(
+            command_line, first, "init", "--name", first.name, "--port", str(first.port), "--host", host
+        )
+        first = replace(first, node_id=founded["node_id"])
+        self.nodes = (first, *others)
+        for node in self.nodes:
+            self._configure(node)
+        self._run(command_line, first, "up", "--detach")
+
+        def join(node: TestnetNode) -> TestnetNode:
+            ticket = self._run(command_line, first, "invite", "--no-wait")["ticket"]
+            place = ("--name", node.name, "--port", str(node.port), "--host", host)
+            result = self._run(command_line, node, "join", ticket, *place)
+            tell(f"{node.name}: joined")
+            return replace(node, node_id=result["node_id"])
+
+        self.nodes = (first, *_all_at_once(command_line, join, others))
 
     def _row(self, node: TestnetNode) -> dict[str, Any]:
         pid = next(iter(_pids([node])), None)
@@ -255,7 +341,11 @@ class Testnet:
 
     def _save(self) -> None:
         rows = [{key: value for key, value in asdict(node).items() if key != "home"} for node in self.nodes]
-        document = {"nodes": rows, "partition": sorted(self.partition)}
+        document = {
+            "nodes": rows,
+            "partition": sorted(self.partition),
+            "topology": msgspec.to_builtins(self.topology),
+        }
         _write(self.folder / STATE_FILE, document)
 
     def _await_all_seen(self, tell: Tell) -> None:
@@ -301,29 +391,6 @@ def _claim(folder: Path) -> bool:
     return False
 
 
-def _form_cell(command_line: CommandLine, planned: Sequence[TestnetNode], tell: Tell) -> list[TestnetNode]:
-    """Found the cell on the first node and let the others join it, as many at once as there are cores."""
-    first, *others = planned
-    for node in planned:
-        _configure(node)
-    tell(f"{first.name}: a new cell")
-    founded = command_line.run(
-        first.home, "init", "--name", first.name, "--port", str(first.port), "--host", _HOST
-    )
-    command_line.run(first.home, "up", "--detach")
-
-    def join(node: TestnetNode) -> TestnetNode:
-        ticket = command_line.run(first.home, "invite", "--no-wait")["ticket"]
-        result = command_line.run(
-            node.home, "join", ticket, "--name", node.name, "--port", str(node.port), "--host", _HOST
-        )
-        tell(f"{node.name}: joined")
-        return _with_id(node, result["node_id"])
-
-    joined = _all_at_once(command_line, join, others)
-    return [_with_id(first, founded["node_id"]), *joined]
-
-
 def _all_at_once(
     command_line: CommandLine, work: Callable[[TestnetNode], TestnetNode], nodes: Sequence[TestnetNode]
 ) -> list[TestnetNode]:
@@ -342,22 +409,6 @@ def _all_at_once(
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _with_id(node: TestnetNode, node_id: str) -> TestnetNode:
-    return TestnetNode(node.name, node.home, node_id, node.port)
-
-
-def _configure(node: TestnetNode, *, cut_off_from: Sequence[str] = ()) -> None:
-    """Write what every node of a testnet is told, as whoever runs a machine does."""
-    settings = {
-        "discovery": {"mdns": False, "libp2p": False},
-        "testnet": {"faults": True, "cut_off_from": list(cut_off_from)},
-    }
-    config = Home(node.home).config_system
-    for folder in (node.home, config.parent):
-        folder.mkdir(mode=0o700, exist_ok=True)
-    _write(config, settings)
 
 
 def _write(file: Path, document: dict[str, Any]) -> None:

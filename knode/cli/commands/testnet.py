@@ -21,15 +21,22 @@ testnet = typer.Typer(help="Several real nodes on this machine, for trying thing
 def up(
     context: typer.Context,
     dir: Folder,
-    nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="How many, 1 to 32.")] = 3,
+    nodes: Annotated[int | None, typer.Option("--nodes", metavar="N", help="How many, 1 to 32; 3.")] = None,
+    netns: Annotated[bool, typer.Option("--netns", help="Each in a network namespace, on one LAN.")] = False,
+    topology: Annotated[
+        str | None,
+        typer.Option("--topology", metavar="FILE", help="Which networks: a name, or a .toml file."),
+    ] = None,
 ) -> None:
     """Make and start N nodes in an empty folder, one cell; return when each sees all alive."""
     from knode.testnet import Testnet
+    from knode.testnet.topology import choose
 
     session = session_of(context)
+    chosen = choose(nodes=nodes, netns=netns, name=topology)
     # Being told to end is treated as Ctrl-C: what was started is stopped and what was made removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    made = Testnet.up(dir, nodes=nodes, tell=session.note)
+    made = Testnet.build(dir, chosen, tell=session.note)
     session.show(made.status(), render.testnet)
 
 
