@@ -177,29 +177,38 @@ def test_nodes_in_namespaces_are_parted_healed_and_leave_nothing(tmp_path: Path)
     folder = tmp_path / "net"
     homes = [folder / "node1", folder / "node2"]
 
-    def knode(*words: str) -> dict:
-        line = [sys.executable, "-m", "knode", "testnet", *words, "--dir", str(folder), "--json"]
-        return json.loads(subprocess.run(line, capture_output=True, timeout=300, check=False).stdout)
-
     def seen() -> list[str]:
         return [
             row["sees"] and row["sees"][other]
-            for row, other in zip(Testnet.open(folder).status()["nodes"], ("node2", "node1"), strict=True)
+            for row, other in zip(net.status()["nodes"], ("node2", "node1"), strict=True)
         ]
 
     try:
-        rows = knode("up", "--netns", "--nodes", "2")["nodes"]
-        places = {os.readlink(f"/proc/{pid}/ns/net") for pid in ("self", *(row["pid"] for row in rows))}
-        assert len(places) == 3
-        knode("partition", "1")
+        line = [
+            sys.executable,
+            "-m",
+            "knode",
+            "testnet",
+            "up",
+            "--netns",
+            "--nodes",
+            "2",
+            "--dir",
+            str(folder),
+        ]
+        up = subprocess.run([*line, "--json"], capture_output=True, timeout=300, check=True)
+        pids = [row["pid"] for row in json.loads(up.stdout)["nodes"]]
+        assert len({os.readlink(f"/proc/{pid}/ns/net") for pid in ("self", *pids)}) == 3
+        net = Testnet.open(folder)
+        net.cut(["1"])
         until(lambda: seen() == ["failed", "failed"])
-        knode("heal")
+        net.heal()
         until(lambda: seen() == ["alive", "alive"])
-        knode("kill", "2")
-        knode("restart", "2")
+        net.kill("2")
+        net.restart("2")
         until(lambda: seen() == ["alive", "alive"])
-        knode("kill", "2")
-        assert knode("down") == {"removed": ["node1", "node2"]}
+        net.kill("2")
+        net.down()
         assert list(folder.iterdir()) == []
         assert Namespaces.find(folder) is None
     finally:
