@@ -27,6 +27,8 @@ from knode.testnet.topology import Topology, on_loopback
 
 PORT = 4747
 """Of every node that has a network of its own."""
+DISCOVERY = {"mdns": False}
+"""A testnet is not to be heard on the machine's own network, unless its topology says else."""
 STATE_FILE = "testnet.json"
 SEEN_TIMEOUT_S = 60.0
 """How long `up` waits, once all have joined, until every node sees every other."""
@@ -288,9 +290,10 @@ class Testnet:
     def _configure(self, node: TestnetNode) -> None:
         """Write a node's configuration, as whoever runs a machine does."""
         settings = self.topology.settings_of(node.number, self.nodes[0].node_id)
+        settings["discovery"] = DISCOVERY | settings.get("discovery", {})
         if not self.topology.needs_namespaces:
             cut_off_from = [other.node_id for other in self.cut_off_from(node)]
-            settings = settings | {"testnet": {"faults": True, "cut_off_from": cut_off_from}}
+            settings["testnet"] = {"faults": True, "cut_off_from": cut_off_from}
         config = Home(node.home).config_system
         for folder in (node.home, config.parent):
             folder.mkdir(mode=0o700, exist_ok=True)
