@@ -121,14 +121,14 @@ class QuicLink:
 
     async def aclose(self) -> None:
         """Close; see `Link.aclose`."""
-        self._is_closing = True
+        is_first, self._is_closing = not self._is_closing, True
         self._frames.clear()  # nobody wants them any more
         self._changed.unpark_all()
         code = CLOSED_AT_ONCE
         try:
             with trio.move_on_after(CLOSE_SECONDS):
                 await trio.lowlevel.checkpoint()
-                if self.opened.is_set() and self._closed_why is None:
+                if is_first and self.opened.is_set() and self._closed_why is None:
                     self.connection.send_stream_data(STREAM, b"", end_stream=True)
                     self._pump(self)
                 while not (self.connection.delivered or self._closed_why):

@@ -335,6 +335,15 @@ async def test_a_cancelled_close_closes_at_once(pair: Pair) -> None:
         await near.receive_frame()
 
 
+async def test_two_tasks_may_close_one_end_at_once(tenfold_clock: MockClock, pair: Pair) -> None:
+    near, _ = pair
+    with trio.fail_after(LIMIT_SECONDS):
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(near.aclose)
+        await near.aclose()
+
+
 async def test_both_ends_may_close_at_once(pair: Pair) -> None:
     started = trio.current_time()
     async with trio.open_nursery() as nursery:
