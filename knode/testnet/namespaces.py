@@ -54,13 +54,14 @@ class Namespaces:
 
     @classmethod
     def start(cls, folder: Path, topology: Topology) -> Namespaces:
-        """Build the network of a testnet.
+        """Build the network of a testnet, in place of one that was left behind.
 
         A failure leaves nothing: the namespaces end with the process that was making them.
 
         Raises:
             KnodeError: UNAVAILABLE where namespaces or one of the programs are not to be had.
         """
+        cls.stop(folder)
         process = subprocess.Popen(
             [*_way_in(), sys.executable, "-m", _MODULE, str(folder)],
             stdin=subprocess.PIPE,
@@ -94,7 +95,7 @@ class Namespaces:
     @classmethod
     def find(cls, folder: Path) -> Namespaces | None:
         """Return the network of a testnet; None when it does not run."""
-        found = processes_with(_MODULE.encode(), os.fsencode(folder))
+        found = _pids(folder)
         return cls(found[0]) if found else None
 
     def enter(self, node: str) -> list[str]:
@@ -113,14 +114,19 @@ class Namespaces:
             capture_output=True,
         )
 
-    def stop(self) -> None:
-        """End the network; what is still in it is cut off from everything."""
-        end(end([self.pid], signal.SIGTERM), signal.SIGKILL)
+    @classmethod
+    def stop(cls, folder: Path) -> None:
+        """End the network of a testnet, if there is one; what is still in it is cut off from everything."""
+        end(end(_pids(folder), signal.SIGTERM), signal.SIGKILL)
 
     @property
     def _user(self) -> list[str]:
         own, theirs = (os.readlink(f"/proc/{pid}/ns/user") for pid in ("self", self.pid))
         return [] if own == theirs else ["--user", "--preserve-credentials", f"--target={self.pid}"]
+
+
+def _pids(folder: Path) -> list[int]:
+    return processes_with(_MODULE.encode(), os.fsencode(folder))
 
 
 def _program(name: str) -> str:

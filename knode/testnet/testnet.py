@@ -230,9 +230,7 @@ class Testnet:
             Home(node.home).socket.unlink(missing_ok=True)  # it may lie outside of the home
             if node.home.exists():
                 shutil.rmtree(node.home)
-        network = Namespaces.find(self.folder)
-        if network is not None:
-            network.stop()
+        Namespaces.stop(self.folder)
         (self.folder / STATE_FILE).unlink(missing_ok=True)
 
     def _end(self, nodes: Sequence[TestnetNode]) -> None:

@@ -82,7 +82,8 @@ def started(folder: Path, topology: Topology) -> Namespaces:
 
 @pytest.fixture(scope="module")
 def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
-    network = started(tmp_path_factory.mktemp("town"), topology_of(TOWN))
+    folder = tmp_path_factory.mktemp("town")
+    network = started(folder, topology_of(TOWN))
     servers = []
     try:
         for node in ("node1", "node2", "node3", "node4"):
@@ -96,7 +97,7 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
         for server in servers:
             server.kill()
             server.communicate()
-        network.stop()
+        Namespaces.stop(folder)
 
 
 def ask(
@@ -151,7 +152,8 @@ def test_a_network_is_found_by_its_folder_and_ends_with_its_process(tmp_path: Pa
 
 
 def test_a_network_that_cannot_be_built_says_why_and_leaves_nothing(tmp_path: Path) -> None:
-    started(tmp_path / "a", on_a_lan(1)).stop()
+    started(tmp_path / "a", on_a_lan(1))
+    Namespaces.stop(tmp_path / "a")
     twice = on_a_lan(2)
     broken = msgspec.structs.replace(
         twice, networks=(msgspec.structs.replace(twice.networks[0], ipv6="ff00::/64"),)
@@ -173,7 +175,8 @@ def test_without_the_programs_it_says_which_and_how_to_get_it(
 
 
 def test_nodes_in_namespaces_are_parted_healed_and_leave_nothing(tmp_path: Path) -> None:
-    started(tmp_path, on_a_lan(1)).stop()
+    started(tmp_path, on_a_lan(1))
+    Namespaces.stop(tmp_path)
     folder = tmp_path / "net"
     homes = [folder / "node1", folder / "node2"]
 
@@ -213,6 +216,4 @@ def test_nodes_in_namespaces_are_parted_healed_and_leave_nothing(tmp_path: Path)
         assert Namespaces.find(folder) is None
     finally:
         kill_daemons(*homes)
-        network = Namespaces.find(folder)
-        if network is not None:
-            network.stop()
+        Namespaces.stop(folder)
