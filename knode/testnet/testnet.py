@@ -27,7 +27,7 @@ from knode.testnet.topology import Topology, on_loopback
 
 PORT = 4747
 """Of every node that has a network of its own."""
-DISCOVERY = {"mdns": False}
+DISCOVERY = {"mdns": False, "libp2p": False}
 """A testnet is not to be heard on the machine's own network, unless its topology says else."""
 STATE_FILE = "testnet.json"
 SEEN_TIMEOUT_S = 60.0
