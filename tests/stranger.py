@@ -11,6 +11,7 @@ from knode.errors import KnodeError
 from knode.identity import KeyPair
 from knode.klp import Session
 from knode.klp.handshake import Initiator, Introduction
+from knode.klp.keepalive import Keepalive, Load
 from knode.klp.messages import Answer, Context, Failure, Message, Request, Response
 from knode.transport import Carrier, LinkClosed
 
@@ -70,6 +71,11 @@ class Stranger:
             self.session.send(message)
         while (frame := self.session.next_frame()) is not None:
             await self.link.send_frame(frame)
+
+    async def keep_alive(self, sent_us: int) -> None:
+        """Say that it is there."""
+        self.session.keep_alive(Keepalive(sent_us, 0, 0, Load(0, 0, 1, 0)))
+        await self.say()
 
     def say_later(self, message: Message) -> None:
         """Let a message wait for the next `say`."""

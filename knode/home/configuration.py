@@ -55,7 +55,7 @@ class TaskSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """`tasks.*`: how much work a node takes at once."""
 
     running: Annotated[int, Meta(ge=0, le=1024)] = 0
-    queued: Annotated[int, Meta(ge=0, le=65536)] = 64
+    queued: Annotated[int, Meta(ge=0, le=65535)] = 64
     artifact_bytes: Annotated[int, Meta(ge=0, le=1024**3)] = 64 * 1024 * 1024
 
 

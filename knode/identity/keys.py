@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from nacl.bindings import (
     crypto_core_ed25519_is_valid_point,
@@ -17,6 +17,13 @@ from knode.identity.names import NodeId, did_of, node_id_of
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
+_POINTS_REMEMBERED = 4096
+
+
+@lru_cache(maxsize=_POINTS_REMEMBERED)
+def _is_valid_point(raw: bytes) -> bool:
+    # As slow as a signature, and asked for each member each time that a roster changes.
+    return crypto_core_ed25519_is_valid_point(raw)
 
 
 class PublicKey:
@@ -27,9 +34,9 @@ class PublicKey:
     """
 
     def __init__(self, raw: bytes) -> None:
-        if len(raw) != KEY_BYTES or not crypto_core_ed25519_is_valid_point(raw):
-            raise KnodeError(Code.INVALID_ARGUMENT, "not a valid Ed25519 public key")
         self.raw = bytes(raw)
+        if len(raw) != KEY_BYTES or not _is_valid_point(self.raw):
+            raise KnodeError(Code.INVALID_ARGUMENT, "not a valid Ed25519 public key")
 
     @cached_property
     def node_id(self) -> NodeId:

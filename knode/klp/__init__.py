@@ -8,6 +8,7 @@ from knode.klp.answers import Answered, Answers, Fresh, Refused, Running, Verdic
 from knode.klp.codec import Decoder, encode
 from knode.klp.frames import refusal
 from knode.klp.handshake import Admit, Established, Hello, Initiator, Introduction, Responder, ticket_key
+from knode.klp.keepalive import Keepalive, Load
 from knode.klp.messages import (
     Acknowledge,
     Answer,
@@ -17,8 +18,6 @@ from knode.klp.messages import (
     Event,
     Failure,
     Goodbye,
-    Keepalive,
-    Load,
     Message,
     Request,
     Response,

@@ -21,6 +21,7 @@ class Kind(IntEnum):
     REFUSE = 4
     BUNDLE = 5
     DATA = 6
+    KEEPALIVE = 7
 
 
 _KINDS = {kind.value: kind for kind in Kind}

@@ -12,7 +12,6 @@ from msgspec import Meta, Struct
 from knode.errors import TABLE, Code, KnodeError, LocalError
 from knode.klp import limits
 
-U16 = Annotated[int, Meta(ge=0, le=0xFFFF)]
 U32 = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
 U64 = Annotated[int, Meta(ge=0)]  # MessagePack itself ends at 2^64 - 1
 Counter = Annotated[int, Meta(ge=1)]
@@ -117,30 +116,6 @@ class Event(Struct, array_like=True, frozen=True, gc=False, forbid_unknown_field
     body: Body
 
 
-class Load(Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fields=True):
-    """How busy a node is. `cpu_percent` is of all cores together, 0 to 100."""
-
-    running: U16
-    queued: U16
-    capacity: U16
-    cpu_percent: Annotated[int, Meta(ge=0, le=100)]
-
-
-class Keepalive(Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fields=True, tag=7):
-    """I am here. Round trip of the one who reads it: now - echo_us - held_us, on its own clock.
-
-    Args:
-        sent_us: the sender's monotonic clock, microseconds.
-        echo_us: the last `sent_us` that the sender got from the receiver; 0 for none.
-        held_us: how long ago that was, microseconds.
-    """
-
-    sent_us: U64
-    echo_us: U64
-    held_us: U64
-    load: Load
-
-
 class Credit(Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fields=True, tag=8):
     """A stream may carry `total_bytes` since its start."""
 
@@ -171,17 +146,7 @@ class Goodbye(Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fie
 
 
 Message: TypeAlias = (
-    Request
-    | Response
-    | Failure
-    | Acknowledge
-    | Cancel
-    | Event
-    | Keepalive
-    | Credit
-    | StreamEnd
-    | StreamReset
-    | Goodbye
+    Request | Response | Failure | Acknowledge | Cancel | Event | Credit | StreamEnd | StreamReset | Goodbye
 )
 Answer: TypeAlias = Response | Failure
 

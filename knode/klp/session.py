@@ -3,6 +3,7 @@
 Pure: `send`, `write` and `receive` change the state, `next_frame` says what goes out next. Messages go
 before bulk data, and all that wait go together: one signature for up to 64 of them. Each bundle names its
 first sequence number, which is exactly the next one, so nothing can be replayed, dropped or reordered.
+A keepalive goes before both; of several only the latest waits.
 
 The caller checks membership before it gives a frame to `receive`.
 """
@@ -20,6 +21,7 @@ from knode.klp import limits
 from knode.klp.codec import Decoder, encode, encode_array
 from knode.klp.frames import Kind, kind_of, refused
 from knode.klp.handshake import Established
+from knode.klp.keepalive import Keepalive, read_keepalive
 from knode.klp.messages import (
     Acknowledge,
     Credit,
@@ -59,7 +61,7 @@ class StreamData(Struct, frozen=True, gc=False):
     data: bytes
 
 
-Received: TypeAlias = Message | StreamData
+Received: TypeAlias = Message | StreamData | Keepalive
 
 
 class Session:
@@ -88,6 +90,9 @@ class Session:
         self._streams = Streams(
             initiator=established.initiator, tell=lambda message: self._queue(encode(message))
         )
+        self._keepalive: bytes | None = None  # the frame that waits
+        self._keepalive_told_us = 0
+        self._keepalive_heard_us = 0
         self._failure: KnodeError | None = None
 
     def send(self, message: Message) -> None:
@@ -113,15 +118,29 @@ class Session:
         """Tell, with the next bundle, that an answer arrived; 256 of them go without waiting for one."""
         self._acknowledged.append(counter)
 
+    def keep_alive(self, keepalive: Keepalive) -> None:
+        """Let `keepalive` go out next, instead of one that still waits.
+
+        Raises:
+            KnodeError: INVALID_ARGUMENT when it is not one that a peer would take.
+        """
+        self._keepalive = keepalive.frame()
+        self._keepalive_told_us = keepalive.sent_us
+
     @property
     def has_output(self) -> bool:
         """Whether `next_frame` has something."""
-        return self._failure is None and (self._has_messages() or self._streams.has_data)
+        return self._failure is None and (
+            self._keepalive is not None or self._has_messages() or self._streams.has_data
+        )
 
     def next_frame(self) -> bytes | None:
-        """Return the next frame to send, or None: a bundle of what waits, else data of one stream."""
+        """Return the next frame to send: a keepalive, a bundle of what waits, or data of one stream."""
         if self._failure is not None:
             return None
+        if self._keepalive is not None:
+            frame, self._keepalive = self._keepalive, None
+            return frame
         if self._has_messages():
             return self._bundle()
         if self._streams.has_data:
@@ -146,6 +165,8 @@ class Session:
                     return self._receive_bundle(frame)
                 case Kind.DATA:
                     return self._receive_data(frame)
+                case Kind.KEEPALIVE:
+                    return [self._receive_keepalive(frame)]
                 case Kind.REFUSE:
                     raise refused(frame)
                 case kind:
@@ -208,6 +229,13 @@ class Session:
             raise KnodeError(Code.BAD_FRAME, "a DATA frame without data")
         number, data = int.from_bytes(frame[1:_DATA_START], "big"), frame[_DATA_START:]
         return [StreamData(number, data)] if self._streams.take_data(number, data) else []
+
+    def _receive_keepalive(self, frame: bytes) -> Keepalive:
+        keepalive = read_keepalive(frame)
+        if keepalive.sent_us < self._keepalive_heard_us or keepalive.echo_us > self._keepalive_told_us:
+            raise KnodeError(Code.BAD_FRAME, "a KEEPALIVE frame with times that cannot be")
+        self._keepalive_heard_us = keepalive.sent_us
+        return keepalive
 
     def _check_alive(self) -> None:
         if self._failure is not None:

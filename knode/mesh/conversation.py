@@ -1,7 +1,7 @@
 """One KLP session over one link: the thin shell around `knode.klp.session`.
 
-Three tasks own it: one reads, one writes what waits whenever the link takes more, one keeps it alive.
-Everybody else only queues messages. When it ends, for whatever reason, every waiter is told.
+Two tasks own it: one reads, one writes what waits whenever the link takes more. Everybody else only
+queues messages, the node's heartbeat too. When it ends, for whatever reason, every waiter is told.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import trio
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
 from knode.klp.handshake import Established
-from knode.klp.messages import Context, Event, Goodbye, Keepalive, Load, Message, StreamEnd, StreamReset
-from knode.klp.session import Session, StreamData
+from knode.klp.keepalive import Keepalive, Load
+from knode.klp.messages import Context, Event, Goodbye, Message, StreamEnd, StreamReset
+from knode.klp.session import Received, Session, StreamData
 from knode.mesh.liveness import Liveness, PeerState
 from knode.transport import Link, LinkClosed, LinkFault
 from knode.world import Clock
@@ -81,17 +82,15 @@ class Conversation:
         established: Established,
         *,
         clock: Clock,
-        keepalive_s: float,
         dead_after_s: float,
         admit: Callable[[Established], None],
         deliver: Callable[[Conversation, Message], None],
-        load: Callable[[], Load],
     ) -> None:
         now = clock.monotonic()
         self.link = link
         self.established = established
         self.session = Session(key, established)
-        self.liveness = Liveness(keepalive_s, dead_after_s, heard_at=now, ticked_at=now)
+        self.liveness = Liveness(dead_after_s, heard_at=now)
         self.opened_at = now
         self.rtt_s: float | None = None
         self.peer_load: Load | None = None
@@ -107,7 +106,6 @@ class Conversation:
         self._clock = clock
         self._admit = admit
         self._deliver = deliver
-        self._load = load
         self._wake = trio.Event()
         self._flow = trio.lowlevel.ParkingLot()
         self._stop = trio.CancelScope()
@@ -232,6 +230,28 @@ class Conversation:
                 await self._flow.park()
         self.close(message)
 
+    def beat(self, now: float, load: Load) -> None:
+        """Tell the peer that this node is here and how busy it is; end when the peer is dead.
+
+        Called by the node's heartbeat; nothing happens when the conversation has ended.
+        """
+        if self.link.statistics.bytes_read != self._bytes_read:
+            self._heard(now)  # a part of a frame, which may take longer than a silence may
+        if self.liveness.state(now) is PeerState.FAILED:
+            self.close(f"nothing heard for {self.liveness.dead_after_s:g} s")
+        if self.retired_at is not None and (
+            (self.peer_retired and not self._held) or now - self.retired_at > RETIRED_AT_MOST_S
+        ):
+            self.close("a better link serves this peer")
+        echo, heard_at = self._heard_ping
+        held = max(0, round((now - heard_at) * 1e6)) if echo else 0
+        if self.open:
+            try:
+                self.session.keep_alive(Keepalive(max(1, round(now * 1e6)), echo, held, load))
+            except KnodeError as error:
+                self.close(error.message)
+            self._wake.set()
+
     async def run(self) -> KnodeError | None:
         """Carry messages until the link or the session ends. Whoever calls it closes the link.
 
@@ -243,7 +263,6 @@ class Conversation:
             with self._stop:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write)
-                    nursery.start_soon(self._keep_alive)
                     error = await self._read()
                     nursery.cancel_scope.cancel()
         finally:
@@ -282,7 +301,7 @@ class Conversation:
             self.end_reason = self.end_reason or f"{error.code}: {error.message}"
             return error
 
-    def _take(self, item: Message | StreamData) -> None:
+    def _take(self, item: Received) -> None:
         match item:
             case StreamData(stream=stream, data=data):
                 incoming = self._incoming.get(stream)
@@ -312,42 +331,24 @@ class Conversation:
                 self.close(f"the peer said good-bye: {message}")
             case _:
                 self._deliver(self, item)
-        self._flow.unpark_all()
+        self._flow_on()
 
     async def _write(self) -> None:
         try:
             while True:
                 frame = self.session.next_frame()
                 if frame is None:
-                    self._flow.unpark_all()
+                    self._flow_on()
                     self._wake = trio.Event()
                     await self._wake.wait()
                     continue
                 self._sending = True
                 await self.link.send_frame(frame)
                 self._sending = False
-                self._flow.unpark_all()
+                self._flow_on()
         except LinkClosed as closed:
             # The reader still takes what had arrived before, and then ends the conversation.
             self.end_reason = self.end_reason or closed.reason
-
-    async def _keep_alive(self) -> None:
-        while True:
-            now = self._clock.monotonic()
-            self.liveness.tick(now)
-            if self.link.statistics.bytes_read != self._bytes_read:
-                self._heard(now)  # a part of a frame, which may take longer than a silence may
-            if self.liveness.state(now) is PeerState.FAILED:
-                self.close(f"nothing heard for {self.liveness.dead_after_s:g} s")
-            if self.retired_at is not None and (
-                (self.peer_retired and not self._held) or now - self.retired_at > RETIRED_AT_MOST_S
-            ):
-                self.close("a better link serves this peer")
-            echo, heard_at = self._heard_ping
-            held = max(0, round((now - heard_at) * 1e6)) if echo else 0
-            self.send_or_close(Keepalive(max(1, round(now * 1e6)), echo, held, self._load()))
-            # Woken when the peer will have failed, so that this is not noticed a whole tick later.
-            await trio.sleep_until(min(now + self.liveness.tick_s, self.liveness.fails_at))
 
     def _heard(self, now: float) -> None:
         self._bytes_read = self.link.statistics.bytes_read
@@ -358,6 +359,11 @@ class Conversation:
             self.session.consumed(stream, count)
             if self.session.has_output:
                 self._wake.set()
+
+    def _flow_on(self) -> None:
+        """Let those look again who wait until more can be sent; mostly there are none."""
+        if self._flow:
+            self._flow.unpark_all()
 
     def _check_open(self) -> None:
         if not self.open:

@@ -9,7 +9,7 @@ taken in ends the session that brought it, so that the next handshake repairs wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Annotated, TypeVar
 
@@ -174,10 +174,10 @@ class Gossip:
     async def _take(self, key: PublicKey, topic: str, body: bytes) -> bool:
         """Keep news, or refuse it for good; False when the disk takes nothing now."""
         try:
-            data = _objects.decode(body).data
-            if topic == STATEMENTS_TOPIC:
+            data = self._news(topic, _objects.decode(body).data)
+            if topic == STATEMENTS_TOPIC and data:
                 await self._membership.add(await _opened(open_statement, data))
-            else:
+            elif data:
                 newer = await self._membership.add_contacts(await _opened(open_contact, data))
                 self.push_contacts(newer, but=key)
                 for contact in newer:
@@ -186,6 +186,16 @@ class Gossip:
             self._log.warning("roster news not taken", peer=key.node_id, why=str(error))
             return error.code not in (Code.DISK_FULL, Code.DISK_READ_ONLY)
         return True
+
+    def _news(self, topic: str, data: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """Return what is not known byte for byte: that was verified once, and everybody passes it on."""
+        objects: Iterable[SignedStatement | SignedContact] = (
+            self._membership.roster.statements.values()
+            if topic == STATEMENTS_TOPIC
+            else self._membership.contacts.values()
+        )
+        known = {each.data for each in objects}
+        return tuple(item for item in data if item not in known)
 
 
 def telling_order(roster: Roster) -> list[SignedStatement]:

@@ -171,7 +171,9 @@ class Joining:
         """Return what fits of roster and contacts, most needed first; the new member pulls the rest."""
         roster, contacts = self._membership.roster, self._membership.contacts
         grants = [s.body for s in roster.statements.values() if isinstance(s.body, Add | SetRole)]
-        needed = {member, *(body.signer for body in grants if body.member == member)}
+        # Who does not know this node for a member neither dials it nor lets it in: nothing would be pulled.
+        both = {member, self._membership.key.public.raw}
+        needed = both | {body.signer for body in grants if body.member in both}
 
         def is_needed(statement: SignedStatement) -> bool:
             body = statement.body

@@ -1,9 +1,4 @@
-"""Is the peer there? A pure judgement from what was heard and when.
-
-A node that was itself held up (a slow machine, a long pause) must not accuse the others: time in
-which its own tick came late counts for nobody (memberlist's local health, Dadgar et al. 2017, in the
-simplest form).
-"""
+"""Is the peer there? A pure judgement from what was heard and when."""
 
 from __future__ import annotations
 
@@ -24,10 +19,8 @@ class PeerState(StrEnum):
 class Liveness:
     """Judges one peer. Times are monotonic seconds."""
 
-    tick_s: float
     dead_after_s: float
     heard_at: float
-    ticked_at: float
     good_bye: bool = False
 
     @property
@@ -40,12 +33,9 @@ class Liveness:
         self.heard_at = now
         self.good_bye = False
 
-    def tick(self, now: float) -> None:
-        """Note that our own timer went off; as much as it was late, the peer is excused."""
-        late = now - self.ticked_at - self.tick_s
-        if late > self.tick_s:
-            self.heard_at = min(now, self.heard_at + late)
-        self.ticked_at = now
+    def excuse(self, late_s: float, now: float) -> None:
+        """Note that this node itself was held up for so long: the peer may have spoken meanwhile."""
+        self.heard_at = min(now, self.heard_at + late_s)
 
     def left(self) -> None:
         """Note that the peer said good-bye."""

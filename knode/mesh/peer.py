@@ -17,8 +17,9 @@ import trio
 from knode.errors import Code, KnodeError
 from knode.identity import NodeId, PublicKey
 from knode.klp.codec import encode
+from knode.klp.keepalive import Load
 from knode.klp.limits import MAX_BODY_BYTES, MAX_TTL_MS
-from knode.klp.messages import Answer, Cancel, Context, Event, Failure, Load, Request, Response
+from knode.klp.messages import Answer, Cancel, Context, Event, Failure, Request, Response
 from knode.mesh.conversation import Conversation
 from knode.mesh.liveness import PeerState
 from knode.mesh.ways import quality_of

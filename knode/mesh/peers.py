@@ -11,11 +11,13 @@ import trio
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair, PublicKey
 from knode.klp.handshake import Established
+from knode.klp.keepalive import Load
 from knode.klp.limits import MAX_BODY_BYTES
-from knode.klp.messages import Acknowledge, Cancel, Context, Event, Failure, Load, Message, Request, Response
+from knode.klp.messages import Acknowledge, Cancel, Context, Event, Failure, Message, Request, Response
 from knode.mesh.conversation import RETIRED_TOPIC, Conversation
 from knode.mesh.dialling import Dialling
 from knode.mesh.handshakes import Handshakes, close_saying
+from knode.mesh.heartbeat import Heartbeat
 from knode.mesh.member_log import MemberLog
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Methods
@@ -63,9 +65,8 @@ class Peers:
         self._membership = membership
         self._carriers = carriers
         self._log = MemberLog(world.clock, log)
-        self._keepalive_s = keepalive_s
         self._dead_after_s = dead_after_s
-        self._load = load
+        self._heartbeat = Heartbeat(world.clock, keepalive_s, load)
         self._serving = Serving(self.boot, membership, methods, world.clock, self._log)
         self._peers: dict[bytes, Peer] = {}
         self._event_handlers: dict[str, EventHandler] = {}
@@ -184,6 +185,7 @@ class Peers:
         try:
             async with trio.open_nursery() as self._nursery:
                 await self._nursery.start(self._serving.run)
+                self._nursery.start_soon(self._heartbeat.run)
                 for listener in listeners:
                     self._nursery.start_soon(listener.serve, self._accept)
                 self._follow_roster()
@@ -308,11 +310,9 @@ class Peers:
             self._key,
             established,
             clock=self._world.clock,
-            keepalive_s=self._keepalive_s,
             dead_after_s=self._dead_after_s,
             admit=self._admit_again,
             deliver=lambda conversation, message: self._deliver(peer, conversation, message),
-            load=self._load,
         )
         self._conversations += 1
         peer.attach(conversation)
@@ -332,7 +332,8 @@ class Peers:
     async def _carry(self, peer: Peer, conversation: Conversation) -> None:
         error: KnodeError | None = None
         try:
-            error = await conversation.run()
+            with self._heartbeat.keeping(conversation):
+                error = await conversation.run()
         finally:
             self._conversations -= 1
             if error is not None:

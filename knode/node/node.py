@@ -16,7 +16,7 @@ from knode.home.configuration import Settings
 from knode.home.layout import Home
 from knode.identity import KeyPair, PublicKey
 from knode.identity.keystore import load_key
-from knode.klp.messages import Load
+from knode.klp.keepalive import Load
 from knode.mesh.contact import MAX_ADDRESSES, Contact, SignedContact, sign_contact
 from knode.mesh.discovery import Announcer, Discovery
 from knode.mesh.gossip import Gossip

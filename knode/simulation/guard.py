@@ -198,7 +198,10 @@ def _is_allowed(path: Any, flags: int) -> bool:
 
 
 def _is_about_ours(*arguments: Any) -> bool:
-    return bool(arguments) and _is_allowed(arguments[0], os.O_RDONLY)
+    """Tell whether it asks about what may be opened, or a folder above it, as `os.path.realpath` does."""
+    if not arguments or _is_allowed(arguments[0], os.O_RDONLY):
+        return bool(arguments)
+    return any(folder.startswith(os.path.join(os.fsdecode(arguments[0]), "")) for folder in _readable())
 
 
 def _is_importing() -> bool:

@@ -33,11 +33,18 @@ class NetworkConditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Of a frame. It is sent again, so a loss is a delay."""
     breaks: Probability = 0.0
     """That a frame breaks its link for good."""
+    grain_ms: Milliseconds = 0.0
+    """Frames arrive only at multiples of this: many at once, so that a large cell can be simulated."""
 
     def settings(self) -> MemorySettings:
         """Return them as the memory network takes them."""
         low, high = self.delay_ms
-        return MemorySettings(delay_seconds=(low / 1000, high / 1000), loss=self.loss, breaks=self.breaks)
+        return MemorySettings(
+            delay_seconds=(low / 1000, high / 1000),
+            loss=self.loss,
+            breaks=self.breaks,
+            grain_seconds=self.grain_ms / 1000,
+        )
 
 
 class MachineConditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

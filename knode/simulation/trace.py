@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Callable
 from hashlib import sha256
+from struct import Struct
 from typing import Any
 
 import trio
 
 from knode.simulation.world import SimulatedRandomness
 
+_DRAW = Struct(">dd")
 Line = dict[str, Any]
 Reader = Callable[[str, Line], None]
 
@@ -91,5 +93,5 @@ class TracedRandomness(SimulatedRandomness):
     def uniform(self, low: float, high: float) -> float:
         """Return a number in [low, high]."""
         drawn = super().uniform(low, high)
-        self._trace.mark(b"%.6f %.9f" % (trio.current_time(), drawn))
+        self._trace.mark(_DRAW.pack(trio.current_time(), drawn))
         return drawn

@@ -12,7 +12,8 @@ import trio
 
 from knode.errors import Code, KnodeError
 from knode.klp.codec import Decoder
-from knode.klp.messages import Context, Load
+from knode.klp.keepalive import Load
+from knode.klp.messages import Context
 from knode.mesh.liveness import PeerState
 from knode.mesh.member_log import MemberLog
 from knode.mesh.membership import Membership

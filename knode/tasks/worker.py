@@ -12,7 +12,7 @@ from knode.agents.runtime import Attempt, Progress, Runner
 from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
 from knode.klp.codec import encode
-from knode.klp.messages import Load
+from knode.klp.keepalive import Load
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peers import Peers

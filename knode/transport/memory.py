@@ -1,7 +1,8 @@
 """Links in memory, for the simulator: delay, loss, cuts and crashes, all drawn from one randomness.
 
-A whole network is one value, `MemoryNetwork`; each host gets its carrier from it. There are no tasks,
-threads or real seconds in here: the callers' tasks wait on trio's clock, so that a virtual clock works.
+A whole network is one value, `MemoryNetwork`; each host gets its carrier from it. There are no threads
+or real seconds in here: one task of the network waits on trio's clock, so that a virtual clock works, and
+wakes whoever receives when something has arrived.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from math import inf
+from heapq import heappop, heappush
+from math import ceil, inf
 
 import trio
 
@@ -34,6 +36,8 @@ class MemorySettings:
         delay_seconds: least and most that a frame takes to the other end.
         loss: probability, below 1, that a frame is lost on the way. It is sent again: a loss is a delay.
         retransmission_seconds: how much later a lost frame is sent again.
+        grain_seconds: frames arrive only at multiples of this, those of a large network many at once, which
+            costs far less; 0: each at its own moment.
         breaks: probability that a frame breaks its link for good.
         buffer_frames: how many frames wait in one direction before the sender does.
         buffer_bytes: likewise, in bytes; a single frame always fits.
@@ -42,6 +46,7 @@ class MemorySettings:
     delay_seconds: tuple[float, float] = (0.0002, 0.002)
     loss: float = 0.0
     retransmission_seconds: float = 0.2
+    grain_seconds: float = 0.0
     breaks: float = 0.0
     buffer_frames: int = 64
     buffer_bytes: int = 2 * MAX_FRAME_BYTES
@@ -73,25 +78,27 @@ class MemoryLink:
         self.statistics = LinkStatistics()
         self._network = network
         # what is on its way to this end, with the time of its arrival; None is the good-bye
-        self._incoming: deque[tuple[float, bytes | None]] = deque()
-        self._incoming_bytes = 0
+        self._on_its_way: deque[tuple[float, bytes | None]] = deque()
+        self._arrived: deque[bytes | None] = deque()
+        self._waiting_bytes = 0
         self._last_arrival = 0.0
         self._closed_why: str | None = None
         self._is_gone = False
-        self._changed = trio.Event()
+        self._receiver: trio.lowlevel.Task | None = None
+        self._senders = trio.lowlevel.ParkingLot()
 
     async def send_frame(self, frame: bytes | bytearray | memoryview) -> None:
         """Send one frame; see `Link.send_frame`."""
         size = len(frame)
         if not 0 < size <= MAX_FRAME_BYTES:
             raise ValueError(f"a frame has 1 to {MAX_FRAME_BYTES} bytes, not {size}")
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         self._check_can_send()
         while not self.peer._has_room(size):
-            await self._change()
+            await self._senders.park()
             self._check_can_send()
         if self._network.draw(self._network.settings.breaks):
-            self.peer._incoming.clear()
+            self.peer._lose()
             self.vanish("the connection broke")
             raise LinkClosed("the connection broke")
         self.peer._put(bytes(frame))
@@ -100,21 +107,20 @@ class MemoryLink:
 
     async def receive_frame(self) -> bytes:
         """Return the next frame; see `Link.receive_frame`."""
-        await trio.lowlevel.checkpoint()
-        while not self._has_arrived():
+        if self._arrived:
+            await trio.lowlevel.checkpoint()
+        while not self._arrived:
             self._check_open()
-            if not self._incoming and self._is_peer_gone():
+            if not self._on_its_way and self._is_peer_gone():
                 self.vanish("the connection ended without a good-bye")
-            elif self._incoming and not self._is_cut:
-                await self._change(until=self._incoming[0][0])
             else:
-                await self._change()
-        _, frame = self._incoming.popleft()
+                await self._wait_for_news()
+        frame = self._arrived.popleft()
         if frame is None:
             self.vanish("it was closed by the other end")
             raise LinkClosed("it was closed by the other end")
-        self._incoming_bytes -= len(frame)
-        self.peer.wake()
+        self._waiting_bytes -= len(frame)
+        self.peer.wake_senders()
         self.statistics.frames_received += 1
         self.statistics.bytes_received += len(frame)
         self.statistics.bytes_read += len(frame)
@@ -129,7 +135,7 @@ class MemoryLink:
                 self.peer._put(None)
                 with trio.move_on_after(CLOSE_SECONDS):
                     while not self._is_peer_closed():
-                        await self._change()
+                        await self._senders.park()
         finally:
             self.vanish("it was closed here")
 
@@ -142,12 +148,36 @@ class MemoryLink:
 
     def wake(self) -> None:
         """Let the tasks at this end look again."""
-        self._changed.set()
-        self._changed = trio.Event()
+        self._wake_receiver()
+        self.wake_senders()
 
-    async def _change(self, *, until: float = inf) -> None:
-        with trio.CancelScope(deadline=until):
-            await self._changed.wait()
+    def arrive(self, now: float) -> None:
+        """Give what has arrived by `now` to the task that receives, unless a cut keeps it."""
+        if not self._is_cut:
+            while self._on_its_way and self._on_its_way[0][0] <= now:
+                self._arrived.append(self._on_its_way.popleft()[1])
+            self._wake_receiver()
+
+    def wake_senders(self) -> None:
+        """Let the tasks that send or close here look again: there is room."""
+        if self._senders:
+            self._senders.unpark_all()
+
+    async def _wait_for_news(self) -> None:
+        """Wait until woken. Less than a parking lot, and half of what a keepalive costs a simulation."""
+
+        def abort(raise_cancel: object) -> trio.lowlevel.Abort:
+            self._receiver = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        assert self._receiver is None, "one task receives at a time"
+        self._receiver = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    def _wake_receiver(self) -> None:
+        if self._receiver is not None:
+            trio.lowlevel.reschedule(self._receiver)
+            self._receiver = None
 
     @property
     def is_open(self) -> bool:
@@ -157,9 +187,6 @@ class MemoryLink:
     @property
     def _is_cut(self) -> bool:
         return self._network.is_cut(self.host, self.peer.host)
-
-    def _has_arrived(self) -> bool:
-        return bool(self._incoming) and not self._is_cut and self._incoming[0][0] <= trio.current_time()
 
     def _is_peer_closed(self) -> bool:
         return self.peer._closed_why is not None and not self._is_cut
@@ -179,23 +206,28 @@ class MemoryLink:
     def _close(self, why: str) -> None:
         if self._closed_why is None:
             self._closed_why = why
-        self._incoming.clear()
-        self._incoming_bytes = 0
+        self._lose()
         self.wake()
+
+    def _lose(self) -> None:
+        self._on_its_way.clear()
+        self._arrived.clear()
+        self._waiting_bytes = 0
 
     def _has_room(self, size: int) -> bool:
         settings = self._network.settings
-        fits = not self._incoming or self._incoming_bytes + size <= settings.buffer_bytes
-        return fits and len(self._incoming) < settings.buffer_frames
+        waiting = len(self._on_its_way) + len(self._arrived)
+        fits = not waiting or self._waiting_bytes + size <= settings.buffer_bytes
+        return fits and waiting < settings.buffer_frames
 
     def _put(self, frame: bytes | None) -> None:
         """Let a frame travel to this end. It does not overtake those before it."""
         if self._closed_why is not None:
             return  # nobody here wants it any more
         self._last_arrival = max(self._last_arrival, self._network.arrival())
-        self._incoming.append((self._last_arrival, frame))
-        self._incoming_bytes += len(frame or b"")
-        self.wake()
+        self._on_its_way.append((self._last_arrival, frame))
+        self._waiting_bytes += len(frame or b"")
+        self._network.expect(self._last_arrival, self)
 
 
 class MemoryListener:
@@ -316,6 +348,10 @@ class MemoryNetwork:
         self._links_made = 0
         self._cuts: set[frozenset[str]] = set()
         self._healed = trio.Event()
+        # who receives something when; the times are also a heap
+        self._arrivals: dict[float, list[MemoryLink]] = {}
+        self._times: list[float] = []
+        self._alarm: trio.CancelScope | None = None
 
     def carrier(self, host: str) -> MemoryCarrier:
         """Return what `host` listens and dials with."""
@@ -330,12 +366,13 @@ class MemoryNetwork:
         self._cuts.discard(frozenset((a, b)))
         self._healed.set()
         self._healed = trio.Event()
-        for link in self._links.values():
+        for link in list(self._links.values()):
+            link.arrive(trio.current_time())
             link.wake()
 
     def is_cut(self, a: str, b: str) -> bool:
         """Tell whether nothing passes between two hosts."""
-        return frozenset((a, b)) in self._cuts
+        return bool(self._cuts) and frozenset((a, b)) in self._cuts
 
     def break_links(self, host: str) -> None:
         """Do what a crash of `host` does: its links end without a good-bye, and its ports are free.
@@ -398,7 +435,31 @@ class MemoryNetwork:
         time = trio.current_time() + self._delay()
         while self.draw(self.settings.loss):
             time += self.settings.retransmission_seconds
-        return time
+        grain = self.settings.grain_seconds
+        return ceil(time / grain) * grain if grain else time
+
+    def expect(self, time: float, link: MemoryLink) -> None:
+        """Let what is on its way to `link` arrive at `time`, on trio's clock."""
+        receivers = self._arrivals.get(time)
+        if receivers is not None:
+            receivers.append(link)
+            return
+        self._arrivals[time] = [link]
+        heappush(self._times, time)
+        if self._alarm is None:
+            self._alarm = trio.CancelScope()
+            trio.lowlevel.spawn_system_task(self._deliver)
+        self._alarm.deadline = self._times[0]
+
+    async def _deliver(self) -> None:
+        """Let everything arrive in time, for as long as trio runs."""
+        while True:
+            with trio.CancelScope(deadline=self._times[0] if self._times else inf) as self._alarm:
+                await trio.sleep_forever()
+            now = trio.current_time()
+            while self._times and self._times[0] <= now:
+                for link in self._arrivals.pop(heappop(self._times)):
+                    link.arrive(now)
 
     def _delay(self) -> float:
         return self._randomness.uniform(*self.settings.delay_seconds)

@@ -149,7 +149,7 @@ def test_setting_a_value_without_a_home_says_so(tmp_path: Path) -> None:
 VALUES = {
     "node.port": st.integers(0, 65535),
     "log.level": st.sampled_from(["debug", "info", "warning", "error"]),
-    "tasks.queued": st.integers(0, 65536),
+    "tasks.queued": st.integers(0, 65535),
     "mesh.dead_after_s": st.floats(2.0, 600.0),
 }
 

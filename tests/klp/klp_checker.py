@@ -23,7 +23,7 @@ from nacl.signing import SigningKey, VerifyKey
 ROOT = Path(__file__).parent.parent.parent
 VECTORS = ROOT / "tests" / "vectors"
 KIB = 1024
-HELLO, WELCOME, PROOF, REFUSE, BUNDLE, DATA = range(1, 7)
+HELLO, WELCOME, PROOF, REFUSE, BUNDLE, DATA, KEEPALIVE = range(1, 8)
 
 
 class Refused(Exception):
@@ -95,7 +95,7 @@ def decode(data: bytes, check: Check) -> Any:
 # -- section 6: messages ------------------------------------------------------------------------
 
 counter = integer(1)
-u16, u32, u64 = integer(0, 2**16 - 1), integer(0, 2**32 - 1), integer(0)
+u32, u64 = integer(0, 2**32 - 1), integer(0)
 stream_id = integer(1, 2**32 - 1)
 body = blob(256 * KIB)
 context = record(binary(0, 16), binary(0, 16), binary(0, 25))
@@ -106,7 +106,6 @@ FIELDS: dict[int, tuple[Check, ...]] = {
     4: (array(counter, 1, 256),),
     5: (counter,),
     6: (string(64), context, body),
-    7: (u64, u64, u64, record(u16, u16, u16, integer(0, 100))),
     8: (stream_id, u64),
     9: (stream_id, u64, binary(32)),
     10: (stream_id, string(32)),
@@ -198,10 +197,13 @@ class Direction:
     next_sequence: int = 1
     named: int = 0
     streams: dict[int, Stream] = field(default_factory=dict)
+    told_us: int = 0
 
     def read(self, frame: bytes, back: Direction) -> list[list[Any]]:
-        need(len(frame) > 0 and HELLO <= frame[0] <= DATA, "BAD_FRAME")
-        need(frame[0] in (BUNDLE, DATA), "BAD_FRAME")
+        need(len(frame) > 0 and HELLO <= frame[0] <= KEEPALIVE, "BAD_FRAME")
+        need(frame[0] in (BUNDLE, DATA, KEEPALIVE), "BAD_FRAME")
+        if frame[0] == KEEPALIVE:
+            return self.keepalive(frame, back)
         return self.bundle(frame, back) if frame[0] == BUNDLE else self.data(frame)
 
     def bundle(self, frame: bytes, back: Direction) -> list[list[Any]]:
@@ -244,6 +246,14 @@ class Direction:
                 need(message[1] <= back.named, "BAD_FRAME")
                 if message[1] in back.streams:
                     back.streams[message[1]].stopping = True
+
+    def keepalive(self, frame: bytes, back: Direction) -> list[list[Any]]:
+        need(len(frame) == 32, "BAD_FRAME")
+        sent_us, echo_us, _, _, _, _, cpu_percent = struct.unpack(">QQQHHHB", frame[1:])
+        need(sent_us >= 1 and cpu_percent <= 100, "BAD_FRAME")
+        need(sent_us >= self.told_us and echo_us <= back.told_us, "BAD_FRAME")
+        self.told_us = sent_us
+        return []
 
     def data(self, frame: bytes) -> list[list[Any]]:
         need(len(frame) <= 5 + 64 * KIB, "TOO_LARGE")
@@ -381,6 +391,8 @@ def check_session(vector: dict[str, Any]) -> None:
     assert not initiator.streams
     assert not responder.streams
     assert initiator.next_sequence > 20
+    assert initiator.told_us
+    assert responder.told_us
 
 
 def check_rejections(vector: dict[str, Any]) -> None:

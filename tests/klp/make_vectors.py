@@ -81,7 +81,6 @@ MESSAGES: list[Message] = [
     Acknowledge((1, 127, 128, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32, 2**63)),
     Cancel(3),
     Event("task.progress", Context(b"c" * 16), b"half"),
-    Keepalive(1_000_000, 0, 0, Load(1, 2, 8, 40)),
     Credit(1, 2**40),
     StreamEnd(1, 0, bytes(32)),
     StreamReset(2, "CANCELLED"),
@@ -222,12 +221,14 @@ def session() -> dict[str, object]:
             steps.append({"from": source, "frame": frame.hex()})
 
     a.send(request(1, body=b"count the words"))
-    a.send(Keepalive(5_000_000, 0, 0, Load(0, 0, 2, 3)))
+    a.keep_alive(Keepalive(5_000_000, 0, 0, Load(0, 0, 2, 3)))
     carry("initiator")
+    b.keep_alive(Keepalive(2**64 - 1, 5_000_000, 1_234, Load(65_535, 1, 256, 100)))
     b.send(Event("task.progress", Context(), b"half"))
     b.send(Response(1, b"42"))
     carry("responder")
     stream = a.open_stream()
+    a.keep_alive(Keepalive(5_000_000, 2**64 - 1, 0, Load(0, 0, 2, 3)))
     a.acknowledge(1)
     a.send(request(2, stream=stream, body=b"with a file"))
     carry("initiator")
@@ -258,7 +259,7 @@ def _identity(established: Established) -> dict[str, object]:
 
 
 def rejections() -> dict[str, object]:
-    """First bundles of the initiator, and DATA frames, that the responder refuses, each with its error."""
+    """First frames of the initiator that the responder refuses, each with its error."""
     a, _ = sessions()
     ours, theirs, session_id = ALICE.public.raw, BOB.public.raw, a.established.session_id
     one = encode(Cancel(1))
@@ -281,6 +282,7 @@ def rejections() -> dict[str, object]:
 
     good = encode_array([one])
     data = bytes([Kind.DATA])
+    alive = Keepalive(1, 0, 0, Load(0, 0, 1, 100)).frame()
     cases: list[tuple[str, Code, str]] = [
         ("an empty frame", Code.BAD_FRAME, ""),
         ("an unknown kind", Code.BAD_FRAME, "00"),
@@ -311,6 +313,11 @@ def rejections() -> dict[str, object]:
         ("credit for no stream", Code.BAD_FRAME, bundle(encode_array([encode(Credit(2, 1))]))),
         ("the end of no stream", Code.BAD_FRAME, bundle(encode_array([encode(StreamEnd(1, 0, bytes(32)))]))),
         ("data for no stream", Code.BAD_FRAME, (data + b"\x00\x00\x00\x01x").hex()),
+        ("a keepalive a byte too short", Code.BAD_FRAME, alive[:-1].hex()),
+        ("a keepalive a byte too long", Code.BAD_FRAME, (alive + b"\x00").hex()),
+        ("a keepalive without its time", Code.BAD_FRAME, (alive[:1] + bytes(8) + alive[9:]).hex()),
+        ("a processor at 101 %", Code.BAD_FRAME, (alive[:-1] + b"\x65").hex()),
+        ("the echo of nothing that was sent", Code.BAD_FRAME, (alive[:16] + b"\x01" + alive[17:]).hex()),
         ("data without data", Code.BAD_FRAME, (data + b"\x00\x00\x00\x01").hex()),
     ]
     return {

@@ -16,8 +16,6 @@ from knode.klp import (
     Event,
     Failure,
     Goodbye,
-    Keepalive,
-    Load,
     Message,
     Request,
     Response,
@@ -40,7 +38,6 @@ EVERY_MESSAGE: list[Message] = [
     Acknowledge((1, 2)),
     Cancel(3),
     Event("progress", Context(b"c" * 16, b"d" * 16, b"t" * 25), b"half"),
-    Keepalive(10, 0, 0, Load(1, 2, 3, 40)),
     Goodbye("UNAVAILABLE", "going down"),
 ]
 

@@ -16,7 +16,7 @@ from stranger import Stranger
 
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
-from knode.klp.messages import Load
+from knode.klp.keepalive import Load
 from knode.mesh.contact import Contact, SignedContact, sign_contact
 from knode.mesh.conversation import Conversation
 from knode.mesh.gossip import Gossip

@@ -12,9 +12,11 @@ from knode.errors import Code, KnodeError
 from knode.klp import limits
 from knode.klp.frames import Kind
 from knode.klp.handshake import Initiator, Introduction, Responder
-from knode.klp.messages import Context, Event, Load, Message, Request
+from knode.klp.keepalive import Load
+from knode.klp.messages import Context, Event, Message, Request
 from knode.mesh.conversation import Conversation, IncomingStream
 from knode.mesh.handshakes import close_saying
+from knode.mesh.heartbeat import Heartbeat
 from knode.mesh.liveness import PeerState
 from knode.transport.memory import MemoryNetwork
 
@@ -33,12 +35,11 @@ class Side:
             key,
             established,
             clock=MovableClock(),
-            keepalive_s=KEEPALIVE_S,
             dead_after_s=3.0,
             admit=self._admit,
             deliver=self._deliver,
-            load=lambda: Load(1, 2, 3, 4),
         )
+        self.heartbeat = Heartbeat(MovableClock(), KEEPALIVE_S, lambda: Load(1, 2, 3, 4))
 
     def _deliver(self, conversation: Conversation, message: Message) -> None:
         self.taken.append(message)
@@ -50,7 +51,12 @@ class Side:
             raise self.refuse
 
     async def run(self) -> None:
-        await close_saying(self.conversation.link, await self.conversation.run())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.heartbeat.run)
+            with self.heartbeat.keeping(self.conversation):
+                error = await self.conversation.run()
+            nursery.cancel_scope.cancel()
+        await close_saying(self.conversation.link, error)
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ from mesh_cell import Cell, MeshNode, key_of, refused, until
 
 from knode.errors import Code, KnodeError
 from knode.klp.codec import encode
-from knode.klp.messages import Context, Event, Failure, Keepalive, Load
+from knode.klp.messages import Context, Event, Failure
 from knode.mesh.gossip import CONTACTS_TOPIC, STATEMENTS_TOPIC, Objects
 from knode.mesh.joining import Join
 from knode.mesh.liveness import PeerState
@@ -201,7 +201,7 @@ async def test_who_holds_a_ticket_and_only_says_that_it_is_there_is_told_that_it
 
     async def be_there() -> None:
         while True:
-            await stranger.say(Keepalive(1, 0, 0, Load(0, 0, 1, 0)))
+            await stranger.keep_alive(1)
             await trio.sleep(1)
 
     async with trio.open_nursery() as nursery:

@@ -14,7 +14,8 @@ from knode.errors import Code, KnodeError
 from knode.identity import KeyPair, PublicKey
 from knode.klp.codec import encode
 from knode.klp.frames import Kind
-from knode.klp.messages import Cancel, Context, Event, Failure, Keepalive, Load
+from knode.klp.keepalive import Keepalive, Load
+from knode.klp.messages import Cancel, Context, Event, Failure
 from knode.mesh import peers
 from knode.mesh.gossip import CONTACTS_TOPIC
 from knode.mesh.handshakes import ANSWERED_AT_ONCE, FAREWELLS_AT_ONCE, HANDSHAKE_S
@@ -221,8 +222,8 @@ async def test_no_body_of_a_request_or_event_ends_the_node(cell: Cell) -> None:
             context = Context(correlation=noise.choice([b"", noise.randbytes(16)]))
             stranger.say_later(Event(name, context, body))
         stranger.say_later(Failure(noise.randrange(1, 2**64), "NO_SUCH_CODE", "\u001b[2J", "x" * 512))
-        stranger.say_later(
-            Keepalive(2**64 - 1, noise.randrange(2**64), 2**64 - 1, Load(65535, 65535, 0, 100))
+        stranger.session.keep_alive(
+            Keepalive(2**64 - 1, noise.choice([0, 2**64 - 1]), 2**64 - 1, Load(65535, 65535, 0, 100))
         )
         await stranger.say()
         stranger = await stranger.shake_again_if_refused(a)

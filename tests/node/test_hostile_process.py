@@ -30,7 +30,7 @@ from knode.errors import Code, KnodeError
 from knode.home.layout import Home
 from knode.identity import KeyPair
 from knode.klp.limits import MAX_STREAMS
-from knode.klp.messages import Cancel, Context, Event, Failure, Keepalive, Load, Response
+from knode.klp.messages import Cancel, Context, Event, Failure, Response
 from knode.mesh.peers import CONVERSATIONS_A_PEER, JOINING_AT_ONCE
 from knode.mesh.serving import PROGRESS_TOPIC, SERVED_A_PEER
 from knode.mesh.ticket import parse_ticket
@@ -220,14 +220,16 @@ async def test_a_member_that_floods_with_small_messages_costs_no_memory(daemon: 
         for round_ in range(150):
             for _ in range(64):
                 number += 1
-                stranger.say_later(
-                    [
-                        Keepalive(number, number, 0, Load(0, 0, 1, 0)),
-                        Cancel(number),
-                        Event(PROGRESS_TOPIC, Context(number.to_bytes(16)), b"\xc1 no report"),
-                        Event("no.such.topic", Context(), bytes(64)),
-                    ][round_ % 4]
-                )
+                match round_ % 4:
+                    case 0:
+                        await stranger.keep_alive(number)
+                    case 1:
+                        stranger.say_later(Cancel(number))
+                    case 2:
+                        no_report = Event(PROGRESS_TOPIC, Context(number.to_bytes(16)), b"\xc1 no report")
+                        stranger.say_later(no_report)
+                    case _:
+                        stranger.say_later(Event("no.such.topic", Context(), bytes(64)))
             await stranger.say()
         await blocking(daemon.works)
         nursery.cancel_scope.cancel()

@@ -12,8 +12,7 @@ from knode.control import daemon
 from knode.control.methods import ControlMethods
 from knode.errors import Code, KnodeError
 from knode.home.configuration import load_configuration
-from knode.klp.codec import Decoder, encode
-from knode.klp.messages import Load
+from knode.klp.keepalive import Keepalive, Load, read_keepalive
 from knode.mesh.roster import Role
 from knode.node import Machine, Node
 from knode.node.status import status
@@ -151,7 +150,7 @@ def test_a_machine_busier_than_its_cores_tells_a_load_that_fits_the_protocol(
     for average in (0.0, 0.5, 1000.0):
         monkeypatch.setattr(os, "getloadavg", lambda average=average: (average, 0.0, 0.0))
         load = Load(0, 0, 1, daemon._busy_percent())
-        assert Decoder[Load](Load).decode(encode(load)) == load
+        assert read_keepalive(Keepalive(1, 0, 0, load).frame()).load == load
 
 
 async def test_a_revoked_node_is_told_who_refuses_it_and_why(autojump_clock: MockClock, cell: Cell) -> None:
