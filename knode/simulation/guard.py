@@ -74,7 +74,8 @@ def guard() -> Iterator[None]:
             label = f"{getattr(holder, '__name__', holder)}.{name}"
             _replace(undo, holder, name, watch.refusing(label, getattr(holder, name)))
         for name in _QUESTIONS:
-            _replace(undo, os, name, watch.refusing(f"os.{name}", getattr(os, name), _is_about_ours))
+            unless = _is_on_the_way_to_ours if name == "lstat" else _is_about_ours
+            _replace(undo, os, name, watch.refusing(f"os.{name}", getattr(os, name), unless))
         _replace(undo, datetime, "datetime", _guarded_datetime(watch))
         _replace(undo, datetime, "date", _guarded_date(watch))
         _Hook.listen(undo, watch)
@@ -198,10 +199,15 @@ def _is_allowed(path: Any, flags: int) -> bool:
 
 
 def _is_about_ours(*arguments: Any) -> bool:
-    """Tell whether it asks about what may be opened, or a folder above it, as `os.path.realpath` does."""
-    if not arguments or _is_allowed(arguments[0], os.O_RDONLY):
-        return bool(arguments)
-    return any(folder.startswith(os.path.join(os.fsdecode(arguments[0]), "")) for folder in _readable())
+    return bool(arguments) and _is_allowed(arguments[0], os.O_RDONLY)
+
+
+def _is_on_the_way_to_ours(*arguments: Any) -> bool:
+    """Tell whether it is ours or a folder above it, which `os.path.realpath` asks whether it is a link."""
+    if _is_about_ours(*arguments):
+        return True
+    folder = os.path.join(os.fsdecode(arguments[0]), "") if arguments else ""
+    return bool(folder) and any(readable.startswith(folder) for readable in _readable())
 
 
 def _is_importing() -> bool:
