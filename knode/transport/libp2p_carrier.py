@@ -30,6 +30,27 @@ OPENING_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
+class RelayLimits:
+    """What a relay gives.
+
+    Args:
+        reservations: places, for one peer each.
+        reservation_seconds: how long a place lasts unless it is asked for again.
+        circuits: how many there are at once.
+        circuits_a_place: how many of them lead to one peer.
+        seconds: how long one lasts; a link that ends by it is opened anew.
+        data_bytes: how much one carries, in both directions together.
+    """
+
+    reservations: int = 64
+    reservation_seconds: int = 60 * 60
+    circuits: int = 64
+    circuits_a_place: int = 16
+    seconds: int = 2 * 60 * 60
+    data_bytes: int = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
 class Libp2pSettings:
     """How a node takes part in libp2p.
 
@@ -38,12 +59,14 @@ class Libp2pSettings:
         relays: where it keeps a place, to be reached through them.
         bootstrap: whom it asks where others are.
         offers_relay: whether it relays for those who may reserve a place, and answers where they are.
+        limits: what it gives them.
     """
 
     port: int | None = None
     relays: Sequence[PeerAddress] = ()
     bootstrap: Sequence[PeerAddress] = ()
     offers_relay: bool = False
+    limits: RelayLimits = RelayLimits()
 
 
 class Libp2pListener:

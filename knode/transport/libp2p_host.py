@@ -47,6 +47,8 @@ CONNECTIONS_AT_ONCE = 128
 """Of those that others opened. The oldest that nobody here uses makes room."""
 IDLE_SECONDS = 60
 """How long a connection that others opened stays without a stream."""
+HANDLED_SECONDS = 10
+"""How long the handling of streams outlasts their connection."""
 NEGOTIATED_BYTES = 1024
 """What is read at once while a stream's protocol is agreed."""
 
@@ -102,6 +104,7 @@ class Host:
             return
         connection = await self._open_as_listener(_raw_of(connected), remote, relayed=False)
         if connection is not None:
+            self.connections.append(connection)
             await self._keep(connection)
 
     async def accept_circuit(self, raw: RawBytes, relay: str) -> None:
@@ -241,27 +244,30 @@ class Host:
         )
 
     def _keep_in_background(self, connection: Connection) -> None:
+        self.connections.append(connection)
         # belongs to the run, as the kernel's own work for a TCP connection does: see `_keep`
         trio.lowlevel.spawn_system_task(self._keep, connection, name=f"libp2p with {connection.peer_id}")
 
     async def _keep(self, connection: Connection) -> None:
-        """Run a connection and what others ask over it, until it ends. Only a cancellation comes out."""
-        self.connections.append(connection)
+        """Run one of `connections`, and what others ask over it. Nothing comes out but a cancellation."""
         try:
-            # what others asked for ends with its streams, when all that came is handled
             async with trio.open_nursery() as nursery, trio.open_nursery() as companions:
                 companions.start_soon(self._close_when_idle, connection)
                 if not connection.initiator:
                     for run in self.on_connection:
                         companions.start_soon(run, connection)
-                await connection.run(lambda stream: nursery.start_soon(self._handle, stream))
+                try:
+                    await connection.run(lambda stream: nursery.start_soon(self._handle, stream))
+                finally:
+                    self.connections.remove(connection)
                 companions.cancel_scope.cancel()
+                # what came over it before the end may still be handled
+                nursery.cancel_scope.deadline = trio.current_time() + HANDLED_SECONDS
         except Exception:
             self.counters["faults"] += 1
             self._log.error("a libp2p connection failed", remote=connection.remote_address, exc_info=True)
         finally:
             connection.abort()
-            self.connections.remove(connection)
 
     async def _handle(self, stream: MuxedStream) -> None:
         offered = Multiselect({TProtocol(name): None for name in self.handlers})

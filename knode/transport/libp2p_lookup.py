@@ -17,7 +17,7 @@ import trio
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from multiaddr import Multiaddr
 
-from knode.transport.libp2p_address import PeerAddress, parse_peer_address
+from knode.transport.libp2p_address import PeerAddress, parse_peer_address, without_peer_id
 from knode.transport.libp2p_connection import Connection, MuxedStream, StreamEnded
 from knode.transport.libp2p_host import Host, NotOpened
 from knode.transport.libp2p_messages import read_message, write_message
@@ -57,10 +57,10 @@ class Lookup:
             host.handlers[KAD] = self._answer
             host.on_connection.append(self._learn)
 
-    async def run(self) -> None:
-        """Stay connected to those that are asked first, so that they can name this node, until cancelled."""
+    async def run(self, stay_with: Sequence[PeerAddress]) -> None:
+        """Stay connected to peers, so that they can name this node to others, until cancelled."""
         async with trio.open_nursery() as nursery:
-            for address in self._bootstrap:
+            for address in stay_with:
                 nursery.start_soon(self._stay_connected, address)
 
     async def find(self, peer_id: str) -> list[str]:
@@ -125,12 +125,12 @@ class Lookup:
                 await write_message(stream, answer)
 
     def _closest(self, peer_id: str) -> list[Message.Peer]:
-        known = {each.peer_id: self._addresses_of(each) for each in self._known}
+        known = {each.peer_id: texts for each in self._known if (texts := self._addresses_of(each))}
         nearest = sorted(known, key=lambda each: _distance(each, peer_id))[:CLOSER_PEERS]
         return [
             Message.Peer(
                 id=base58.b58decode(name),
-                addrs=[Multiaddr(text).to_bytes() for text in known[name]],
+                addrs=[Multiaddr(without_peer_id(text)).to_bytes() for text in known[name]],
                 connection=Message.CONNECTED,
             )
             for name in nearest

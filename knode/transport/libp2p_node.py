@@ -12,7 +12,7 @@ from knode.transport.libp2p_carrier import Libp2pSettings
 from knode.transport.libp2p_connection import Connection
 from knode.transport.libp2p_host import Host
 from knode.transport.libp2p_lookup import Lookup
-from knode.transport.libp2p_relay import RelayClient, RelayLimits, RelayServer
+from knode.transport.libp2p_relay import RelayClient, RelayServer
 from knode.transport.libp2p_services import PING, Identity, answer_pings
 from knode.world import Log, World
 
@@ -35,10 +35,15 @@ class Libp2pNode:
         self.relay_server: RelayServer | None = None
         if settings.offers_relay:
             self.relay_server = RelayServer(
-                world, self.host, lambda: self._addresses(), may_reserve, RelayLimits()
+                world, self.host, lambda: self._addresses(), may_reserve, settings.limits
             )
         identity = Identity(self.host, lambda: self._addresses())
-        # a relay knows where those are who keep a place there
+        # the connections to relays are kept with the places there
+        self._stay_with = [
+            each
+            for each in settings.bootstrap
+            if each.peer_id not in {relay.peer_id for relay in settings.relays}
+        ]
         asked = [*settings.bootstrap, *settings.relays]
         self.lookup = Lookup(self.host, identity, asked, self.relay_server)
 
@@ -51,7 +56,7 @@ class Libp2pNode:
         self._addresses = addresses
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.relay_client.run)
-            nursery.start_soon(self.lookup.run)
+            nursery.start_soon(self.lookup.run, self._stay_with)
 
     async def dial(self, address: PeerAddress) -> Connection:
         """Open a connection to a peer, straight or through a relay.

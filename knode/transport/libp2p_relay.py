@@ -18,6 +18,7 @@ from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Limit, PeerId, Re
 from multiaddr import Multiaddr
 
 from knode.transport.libp2p_address import PeerAddress, circuit_address
+from knode.transport.libp2p_carrier import RelayLimits
 from knode.transport.libp2p_connection import Connection, MuxedStream, StreamEnded
 from knode.transport.libp2p_host import Host, NotOpened
 from knode.transport.libp2p_messages import read_message, write_message
@@ -36,27 +37,6 @@ BACKOFF_FIRST_S = 2.0
 BACKOFF_LONGEST_S = 120.0
 RESERVATION_SHORTEST_S = 60
 RESERVATION_LONGEST_S = 3600
-
-
-@dataclass(frozen=True, slots=True)
-class RelayLimits:
-    """What a relay gives.
-
-    Args:
-        reservations: places, for one peer each.
-        reservation_seconds: how long a place lasts unless it is asked for again.
-        circuits: how many there are at once.
-        circuits_a_place: how many of them lead to one peer.
-        seconds: how long one lasts; a link that ends by it is opened anew.
-        data_bytes: how much one carries, in both directions together.
-    """
-
-    reservations: int = 64
-    reservation_seconds: int = RESERVATION_LONGEST_S
-    circuits: int = 64
-    circuits_a_place: int = 16
-    seconds: int = 2 * 60 * 60
-    data_bytes: int = 1024**3
 
 
 class RelayServer:

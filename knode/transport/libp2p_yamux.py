@@ -43,6 +43,8 @@ class Stream:
         """How much may be sent now."""
         self.received_bytes = 0
         """All that ever arrived."""
+        self.taken_bytes = 0
+        """All that ever was taken of it."""
         self.finished_here = False
         self.finished_there = False
         self.reset = False
@@ -51,7 +53,7 @@ class Stream:
         self.window_bytes = WINDOW_BYTES
         self.allowed_bytes = WINDOW_BYTES
         """How much the other side may still send."""
-        self.taken_bytes = 0
+        self.untold_bytes = 0
         """What was taken since the other side was last allowed more."""
 
     @property
@@ -108,12 +110,12 @@ class Yamux:
         else:
             stream.chunks.popleft()
         stream.taken_bytes += len(chunk)
-        if stream.taken_bytes >= stream.window_bytes // 2 and not (stream.finished_there or stream.reset):
-            more = stream.taken_bytes
-            if stream.received_bytes >= WINDOW_BYTES:
+        stream.untold_bytes += len(chunk)
+        if stream.untold_bytes >= stream.window_bytes // 2 and not (stream.finished_there or stream.reset):
+            more, stream.untold_bytes = stream.untold_bytes, 0
+            if stream.taken_bytes >= WINDOW_BYTES:
                 more += GROWN_WINDOW_BYTES - stream.window_bytes
                 stream.window_bytes = GROWN_WINDOW_BYTES
-            stream.taken_bytes = 0
             stream.allowed_bytes += more
             self._queue(_WINDOW_UPDATE, 0, stream.number, more)
         return bytes(chunk)
