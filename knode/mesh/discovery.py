@@ -24,7 +24,7 @@ from knode.world import Log, World
 LOOK_EVERY_S = 5.0
 """How often this machine's addresses are looked at."""
 TRY_AGAIN_S = 60.0
-"""How long a network that takes no multicast is left alone."""
+"""How long a network that takes no multicast, or is flooded with it, is left alone."""
 ECHO_S = 15.0
 """By when a node hears its own announcement, where multicast works."""
 WINDOW_S = 10.0
@@ -40,7 +40,11 @@ class Announcer(Protocol):
     """Tells the local network a text, and hears what others tell (`knode.transport.mdns`)."""
 
     async def run(self, text: bytes, hosts: Sequence[str], port: int, heard: Callable[[bytes], None]) -> None:
-        """Tell and hear until cancelled; UNAVAILABLE when that cannot be done."""
+        """Tell and hear until cancelled, or until that is better begun anew.
+
+        Raises:
+            KnodeError: UNAVAILABLE when it cannot be done here.
+        """
         ...
 
 

@@ -24,6 +24,9 @@ SERVICE = "_p2p._udp.local."
 """libp2p's service type (its mDNS specification)."""
 ASK_AGAIN_S = 120.0
 """How often everybody is asked anew: answers get lost, and zeroconf itself asks only as it starts."""
+CROWDED_NAMES = 2048
+"""A network with more names than that is being flooded. zeroconf keeps up to 10,000 records for as long as
+their senders say, and would list them in every question."""
 WAITING_TEXTS = 256
 """Texts that wait for trio's loop; beyond these the oldest is dropped."""
 
@@ -47,7 +50,8 @@ class MulticastDns:
     async def run(self, text: bytes, hosts: Sequence[str], port: int, heard: Heard) -> None:
         """Tell `text`, and hand over what others tell, until cancelled; neighbours hear a good-bye then.
 
-        Its own text is heard, too, where multicast works. Cancelling takes about half a second.
+        It returns when the network is flooded with names, within two minutes: begun anew, it has forgotten
+        them. Its own text is heard, too, where multicast works. Cancelling takes about half a second.
 
         Args:
             text: of one TXT record, at most 1300 bytes.
@@ -135,6 +139,8 @@ class _Thread:
                     pass
                 finally:
                     await browser.async_cancel()
+                if len(zeroconf.zeroconf.cache.names()) > CROWDED_NAMES:
+                    break
             telling.cancel()
         finally:
             await zeroconf.async_close()

@@ -25,6 +25,9 @@ def test_nodes_that_all_get_new_addresses_find_each_other_by_multicast_dns_alone
     ticket = owner.knode(desk, "invite", "--no-wait")["ticket"]
     owner.knode(attic, "join", ticket, "--name", "attic")
     owner.peer(desk)
+    checks = {check["check"]: check for check in owner.knode(desk, "doctor")["checks"]}
+    assert (checks["mdns"]["grade"], checks["clock of others"]["grade"]) == ("pass", "pass")
+    assert "attic reaches this node by" in checks["reachability"]["found"]
     network.move(desk, "10.99.7.1/24")
     network.move(attic, "10.99.7.2/24")
 

@@ -130,6 +130,52 @@ def test_the_libp2p_library_finds_the_node_at_its_libp2p_address_alone(network: 
         assert line(browser) == ["found", NODE, "/ip4/10.99.0.1/tcp/4748"]
 
 
+FLOODER = """
+import os, socket, struct, sys, time
+
+def name(text):
+    return b"".join(bytes([len(part)]) + part for part in text.encode().split(b".")) + bytes(1)
+
+sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sender.bind((sys.argv[1], 5353))
+sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(sys.argv[1]))
+service = name("_p2p._udp.local")
+while True:
+    instance = name(os.urandom(16).hex() + "._p2p._udp.local")
+    text = b"".join(bytes([255]) + os.urandom(255) for _ in range(8))
+    pointer = service + struct.pack(">HHIH", 12, 1, 4500, len(instance)) + instance
+    record = instance + struct.pack(">HHIH", 16, 0x8001, 4500, len(text)) + text
+    sender.sendto(struct.pack(">HHHHHH", 0, 0x8400, 0, 2, 0, 0) + pointer + record, ("224.0.0.251", 5353))
+    time.sleep(0.0002)
+"""
+
+IMPATIENT_SPEAKER = """
+import sys, trio
+from knode.transport import mdns
+
+mdns.ASK_AGAIN_S = 1.0
+counted = [0]
+
+async def main():
+    def heard(text):
+        counted[0] += 1
+
+    await mdns.MulticastDns("a" * 32).run(bytes.fromhex(sys.argv[1]), ["10.99.0.1"], 4747, heard)
+    print("ended", counted[0] > 256, flush=True)
+
+trio.run(main)
+"""
+
+
+def test_a_flood_of_names_is_forgotten_by_beginning_anew(network: LocalNetwork) -> None:
+    first, second = network.machine("10.99.0.1/24"), network.machine("10.99.0.2/24")
+    with (
+        start(network, first, IMPATIENT_SPEAKER, TEXT.hex()) as speaker,
+        start(network, second, FLOODER, "10.99.0.2"),
+    ):
+        assert line(speaker) == ["ended", "True"]
+
+
 def test_a_machine_that_cannot_multicast_says_so(network: LocalNetwork) -> None:
     machine = network.machine("10.99.0.1/24")
     with start(network, machine, PORT_TAKER) as taker:
