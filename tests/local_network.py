@@ -9,14 +9,31 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from real_processes import PATIENCE_S, kill_daemons, plain_environment, until
+from real_processes import PATIENCE_S, Process, kill_daemons, plain_environment, until
 
 _numbers = itertools.count()
+
+LIBP2P_BROWSER = """
+from libp2p.discovery.events.peerDiscovery import peerDiscovery
+from libp2p.discovery.mdns.listener import PeerListener
+from libp2p.peer.peerstore import PeerStore
+from zeroconf import Zeroconf
+import time
+
+def found(info):
+    print("found", info.peer_id, *info.addrs, flush=True)
+
+peerDiscovery.register_peer_discovered_handler(found)
+listener = PeerListener(PeerStore(), Zeroconf(), "_p2p._udp.local.", "me._p2p._udp.local.")
+time.sleep(600)
+"""
+"""A program that prints the libp2p nodes which the libp2p library finds by multicast DNS."""
 
 
 class LocalNetwork:
@@ -49,6 +66,15 @@ class LocalNetwork:
             duplicates = ["nodad"] if ":" in address else []
             self._ip("-n", machine, "addr", "add", address, "dev", "eth0", *duplicates)
 
+    def start(self, machine: str, program: str, *words: str) -> Process:
+        """Start a Python program on a machine; `line` reads what it prints."""
+        return Process(
+            self.on(machine, sys.executable, "-c", program, *words),
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
     def on(self, machine: str, *words: str) -> list[str]:
         """Return the command line that runs `words` on a machine."""
         return ["ip", "netns", "exec", machine, *words]
@@ -61,6 +87,17 @@ class LocalNetwork:
 
     def _ip(self, *words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=60)
+
+
+def line(process: Process) -> list[str]:
+    """Return the next line that a process writes, in words; it has a minute."""
+    assert process.stdout is not None
+    impatience = threading.Timer(PATIENCE_S, process.kill)
+    impatience.start()
+    try:
+        return process.stdout.readline().split()
+    finally:
+        impatience.cancel()
 
 
 @contextlib.contextmanager

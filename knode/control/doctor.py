@@ -212,18 +212,19 @@ def _daemon(home: Home) -> list[Finding] | KnodeError:
 
 def _ports(settings: Settings) -> Iterator[Finding]:
     """Bind what the daemon would."""
-    host, port = settings.node.host, settings.node.port
-    if port == 0:
-        yield Finding("ports", Grade.PASS, "the daemon takes any free one (node.port is 0)")
-        return
-    for name, kind in (("TCP", socket.SOCK_STREAM), ("UDP", socket.SOCK_DGRAM)):
-        problem = _why_not_bound(host, port, kind)
+    host, discovery = settings.node.host, settings.discovery
+    wanted = [("TCP", "node.port", settings.node.port), ("UDP", "node.port", settings.node.port)]
+    if discovery.libp2p:
+        wanted.append(("TCP", "discovery.libp2p_port", discovery.libp2p_port))
+    for name, key, port in wanted:
+        if port == 0:
+            yield Finding("ports", Grade.PASS, f"the daemon takes any free {name} port ({key} is 0)")
+            continue
+        problem = _why_not_bound(host, port, socket.SOCK_STREAM if name == "TCP" else socket.SOCK_DGRAM)
         if problem is None:
             yield Finding("ports", Grade.PASS, f"{name} port {port} is free on {host}")
         else:
-            fix = (
-                f"end what holds it ('ss -lnp sport = :{port}' shows it), or: knode config set node.port PORT"
-            )
+            fix = f"end what holds it ('ss -lnp sport = :{port}' shows it), or: knode config set {key} PORT"
             yield Finding("ports", Grade.FAIL, f"{name} port {port} on {host}: {problem}", fix)
 
 

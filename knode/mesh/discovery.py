@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import trio
 
@@ -46,6 +46,14 @@ class Announcer(Protocol):
             KnodeError: UNAVAILABLE when it cannot be done here.
         """
         ...
+
+
+class _Here(NamedTuple):
+    """What is announced of this node, and from which of its IP addresses."""
+
+    text: bytes
+    hosts: tuple[str, ...]
+    port: int
 
 
 class Discovery:
@@ -86,18 +94,17 @@ class Discovery:
     async def run(self) -> None:
         """Announce this node and try what is heard, until cancelled, with new addresses when they change."""
         while True:
-            addresses = tuple(self._addresses())
-            hosts, port = local_hosts(addresses), local_port(addresses)
-            if not hosts:
+            here = self._here()
+            if not here.hosts:
                 self._have_problem("this machine has no address in a local network", warn=False)
                 await trio.sleep(LOOK_EVERY_S)
                 continue
-            self._told = write_announcement(self._node_id, addresses)
             self.problem, self._echo = None, trio.Event()
+            self._told = here.text
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._announce, hosts, port)
+                nursery.start_soon(self._announce, here)
                 nursery.start_soon(self._watch_echo)
-                while tuple(self._addresses()) == addresses:  # noqa: ASYNC110 - no system tells
+                while self._here() == here:  # noqa: ASYNC110 - no system tells
                     await trio.sleep(LOOK_EVERY_S)
                 nursery.cancel_scope.cancel()
 
@@ -148,10 +155,15 @@ class Discovery:
             if parse_node_id(node_id) in self._membership.roster.members:
                 self._peers.discovered(node_id, addresses)
 
-    async def _announce(self, hosts: Sequence[str], port: int) -> None:
+    def _here(self) -> _Here:
+        addresses = self._addresses()
+        text = write_announcement(self._node_id, addresses)
+        return _Here(text, local_hosts(addresses), local_port(addresses))
+
+    async def _announce(self, here: _Here) -> None:
         while True:
             try:
-                await self._announcer.run(self._told, hosts, port, self.hear)
+                await self._announcer.run(here.text, here.hosts, here.port, self.hear)
             except KnodeError as error:
                 self._have_problem(str(error), warn=True)
             await trio.sleep(TRY_AGAIN_S)

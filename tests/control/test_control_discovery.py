@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_network import Owner, machines_of_an_owner
+from local_network import LIBP2P_BROWSER, Owner, line, machines_of_an_owner
 from real_processes import until
 
 
@@ -25,6 +25,10 @@ def test_nodes_that_all_get_new_addresses_find_each_other_by_multicast_dns_alone
     ticket = owner.knode(desk, "invite", "--no-wait")["ticket"]
     owner.knode(attic, "join", ticket, "--name", "attic")
     owner.peer(desk)
+    desk_id = owner.knode(desk, "status")["node_id"]
+    with network.start(attic, LIBP2P_BROWSER) as browser:
+        seen = {word for _ in range(2) for word in line(browser)}
+    assert {desk_id, "/ip4/10.99.0.1/tcp/4748"} <= seen  # and the node of its own machine
     checks = {check["check"]: check for check in owner.knode(desk, "doctor")["checks"]}
     assert (checks["mdns"]["grade"], checks["clock of others"]["grade"]) == ("pass", "pass")
     assert "attic reaches this node by" in checks["reachability"]["found"]

@@ -117,6 +117,18 @@ async def test_a_node_whose_address_changes_tells_the_new_one(place: Place) -> N
     assert len(place.lan.listening) == 2
 
 
+async def test_addresses_that_are_not_announced_may_come_and_go(place: Place) -> None:
+    a, _ = await two(place)
+    relayed: list[str] = []
+    own = a.key.public.node_id
+    discovery = Discovery(a.world, a.membership, a.peers, place.lan, lambda: (a.address, *relayed), a.log)
+    place.nursery.start_soon(discovery.run)
+    await trio.sleep(1)
+    relayed.append(f"/ip4/10.9.9.9/tcp/4001/p2p/{own}/p2p-circuit/p2p/{own}")
+    await trio.sleep(60)
+    assert place.lan.runs == 1
+
+
 async def test_an_inviter_that_has_moved_since_it_invited_is_found(place: Place) -> None:
     a = await place.node("a", "10.0.0.1", founder=True)
     ticket = await a.invite()

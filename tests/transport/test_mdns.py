@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 
 import pytest
-from local_network import LocalNetwork, local_network
-from real_processes import PATIENCE_S, Process
+from local_network import LIBP2P_BROWSER, LocalNetwork, line, local_network
+from real_processes import Process
 
 from knode.identity import KeyPair
 from knode.mesh.announcement import write_announcement
@@ -37,21 +33,6 @@ async def main():
 trio.run(main)
 """
 
-LIBP2P_BROWSER = """
-from libp2p.discovery.events.peerDiscovery import peerDiscovery
-from libp2p.discovery.mdns.listener import PeerListener
-from libp2p.peer.peerstore import PeerStore
-from zeroconf import Zeroconf
-import time
-
-def found(info):
-    print("found", info.peer_id, *info.addrs, flush=True)
-
-peerDiscovery.register_peer_discovered_handler(found)
-listener = PeerListener(PeerStore(), Zeroconf(), "_p2p._udp.local.", "me._p2p._udp.local.")
-time.sleep(600)
-"""
-
 PORT_TAKER = """
 import socket, time
 taker = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -65,26 +46,6 @@ time.sleep(600)
 def network() -> Iterator[LocalNetwork]:
     with local_network() as made:
         yield made
-
-
-def start(network: LocalNetwork, machine: str, program: str, *words: str) -> Process:
-    return Process(
-        network.on(machine, sys.executable, "-c", program, *words),
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-
-
-def line(process: Process) -> list[str]:
-    """Return the next line that a process writes, in words; it has a minute."""
-    assert process.stdout is not None
-    impatience = threading.Timer(PATIENCE_S, process.kill)
-    impatience.start()
-    try:
-        return process.stdout.readline().split()
-    finally:
-        impatience.cancel()
 
 
 def hears(process: Process, *texts: bytes) -> bool:
@@ -103,8 +64,8 @@ def test_two_machines_hear_each_other_and_themselves_over_both_kinds_of_ip(netwo
     second = network.machine("10.99.0.2/24", "fd99::2/64")
     other = write_announcement(OTHER, ("10.99.0.2:4747",))
     with (
-        start(network, first, SPEAKER, "a", TEXT.hex(), "10.99.0.1", "fd99::1", "fd99::11") as a,
-        start(network, second, SPEAKER, "b", other.hex(), "10.99.0.2", "fd99::2") as b,
+        network.start(first, SPEAKER, "a", TEXT.hex(), "10.99.0.1", "fd99::1", "fd99::11") as a,
+        network.start(second, SPEAKER, "b", other.hex(), "10.99.0.2", "fd99::2") as b,
     ):
         assert hears(a, TEXT, other)
         assert hears(b, TEXT, other)
@@ -114,8 +75,8 @@ def test_machines_with_ipv6_alone_hear_each_other(network: LocalNetwork) -> None
     first, second = network.machine("fd99::1/64"), network.machine("fd99::2/64")
     other = write_announcement(OTHER, ("[fd99::2]:4747",))
     with (
-        start(network, first, SPEAKER, "a", TEXT.hex(), "fd99::1") as a,
-        start(network, second, SPEAKER, "b", other.hex(), "fd99::2") as b,
+        network.start(first, SPEAKER, "a", TEXT.hex(), "fd99::1") as a,
+        network.start(second, SPEAKER, "b", other.hex(), "fd99::2") as b,
     ):
         assert hears(a, TEXT, other)
         assert hears(b, TEXT, other)
@@ -124,8 +85,8 @@ def test_machines_with_ipv6_alone_hear_each_other(network: LocalNetwork) -> None
 def test_the_libp2p_library_finds_the_node_at_its_libp2p_address_alone(network: LocalNetwork) -> None:
     first, second = network.machine("10.99.0.1/24"), network.machine("10.99.0.2/24")
     with (
-        start(network, first, SPEAKER, "a", TEXT.hex(), "10.99.0.1"),
-        start(network, second, LIBP2P_BROWSER) as browser,
+        network.start(first, SPEAKER, "a", TEXT.hex(), "10.99.0.1"),
+        network.start(second, LIBP2P_BROWSER) as browser,
     ):
         assert line(browser) == ["found", NODE, "/ip4/10.99.0.1/tcp/4748"]
 
@@ -170,18 +131,18 @@ trio.run(main)
 def test_a_flood_of_names_is_forgotten_by_beginning_anew(network: LocalNetwork) -> None:
     first, second = network.machine("10.99.0.1/24"), network.machine("10.99.0.2/24")
     with (
-        start(network, first, IMPATIENT_SPEAKER, TEXT.hex()) as speaker,
-        start(network, second, FLOODER, "10.99.0.2"),
+        network.start(first, IMPATIENT_SPEAKER, TEXT.hex()) as speaker,
+        network.start(second, FLOODER, "10.99.0.2"),
     ):
         assert line(speaker) == ["ended", "True"]
 
 
 def test_a_machine_that_cannot_multicast_says_so(network: LocalNetwork) -> None:
     machine = network.machine("10.99.0.1/24")
-    with start(network, machine, PORT_TAKER) as taker:
+    with network.start(machine, PORT_TAKER) as taker:
         assert line(taker) == ["taken"]
-        with start(network, machine, SPEAKER, "a", TEXT.hex(), "10.99.0.1") as speaker:
+        with network.start(machine, SPEAKER, "a", TEXT.hex(), "10.99.0.1") as speaker:
             assert line(speaker) == ["failed", "UNAVAILABLE"]
             assert speaker.wait(60) == 0
-    with start(network, machine, SPEAKER, "a", TEXT.hex(), "10.99.0.77") as speaker:
+    with network.start(machine, SPEAKER, "a", TEXT.hex(), "10.99.0.77") as speaker:
         assert line(speaker) == ["failed", "UNAVAILABLE"]
