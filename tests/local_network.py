@@ -123,12 +123,13 @@ class Owner:
         self.homes: dict[str, Path] = {}
         self._folder = folder
 
-    def knode(self, machine: str, *words: str) -> Any:
-        """Run a command on a machine and return its document."""
+    def knode(self, machine: str, *words: str, **variables: str) -> Any:
+        """Run a command on a machine, with these variables beside, and return its document."""
         home = self.homes.setdefault(machine, self._folder / machine)
         environment = plain_environment() | {
             "KNODE_DISCOVERY_MDNS": "true",
             "PYTHONPATH": os.pathsep.join(sys.path),
+            **variables,
         }
         line = [sys.executable, "-m", "knode", *words, "--home", str(home), "--json", "--no-input"]
         done = subprocess.run(
