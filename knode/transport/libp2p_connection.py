@@ -111,6 +111,7 @@ class Connection:
 
     def abort(self) -> None:
         """Close without a word; what has arrived stays readable."""
+        self._closing = True
         self._scope.cancel()
 
     def wake(self) -> None:

@@ -290,7 +290,7 @@ class Host:
 
     def _make_room(self) -> bool:
         """Close the oldest connection that others opened and nobody uses; tell whether there is a place."""
-        theirs = [each for each in self.connections if not each.initiator]
+        theirs = [each for each in self.connections if each.is_open and not each.initiator]
         if len(theirs) < CONNECTIONS_AT_ONCE:
             return True
         unused = next((each for each in theirs if each not in self._in_use), None)
