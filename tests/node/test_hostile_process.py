@@ -37,6 +37,7 @@ from knode.mesh.ticket import parse_ticket
 from knode.node import initialise
 from knode.transport import Carrier, LinkClosed
 from knode.transport.openings import OPENINGS_AT_ONCE
+from knode.transport.quic import QuicCarrier
 from knode.transport.websocket import WebSocketCarrier
 from knode.world import SilentLog
 
@@ -108,9 +109,9 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         kill_daemons(home.path)
 
 
-@pytest.fixture
-def carrier() -> Carrier:
-    return WebSocketCarrier(Path("dials only"), SilentLog())
+@pytest.fixture(params=[WebSocketCarrier, QuicCarrier], ids=["websocket", "quic"])
+def carrier(request: pytest.FixtureRequest) -> Carrier:
+    return request.param(Path("dials only"), SilentLog())
 
 
 async def blocking(work: Callable[[], Any]) -> Any:
@@ -128,7 +129,7 @@ async def ended(stranger: Stranger) -> KnodeError | LinkClosed:
             return end
 
 
-async def test_a_flood_of_silent_connections_holds_few_of_them(daemon: Daemon, carrier: Carrier) -> None:
+async def test_a_flood_of_silent_connections_holds_few_of_them(daemon: Daemon) -> None:
     before, dropped = daemon.process, daemon.status["dropped"]
     port = int(parse_ticket(daemon.ticket).addresses[0].rpartition(":")[2])
     flood = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(400)]
@@ -303,9 +304,7 @@ async def test_data_that_nobody_reads_is_bounded_by_its_credit(daemon: Daemon, r
     await blocking(partial(daemon.settles, before))
 
 
-async def test_a_daemon_that_has_no_descriptor_left_lives_and_works_again(
-    tmp_path: Path, carrier: Carrier
-) -> None:
+async def test_a_daemon_that_has_no_descriptor_left_lives_and_works_again(tmp_path: Path) -> None:
     home = Home(tmp_path / "home", None)
     await blocking(partial(initialise, home, name="poor", flags=FLAGS))
     try:
@@ -319,7 +318,9 @@ async def test_a_daemon_that_has_no_descriptor_left_lives_and_works_again(
                 await trio.aclose_forcefully(stream)
             await blocking(lambda: until(lambda: (poor.process["descriptors"] or 48) < 40))
             poor.works()
-            assert (await Rogue.join(carrier, "late", poor.ticket)).key
+            assert (
+                await Rogue.join(WebSocketCarrier(home.certificate, SilentLog()), "late", poor.ticket)
+            ).key
             assert process.poll() is None
     finally:
         kill_daemons(home.path)
