@@ -189,6 +189,23 @@ async def test_a_restarted_peer_takes_over_from_its_former_link(cell: Cell) -> N
         assert trio.current_time() - begun < 1
 
 
+async def test_a_clock_that_jumps_by_an_hour_changes_nothing_between_members(cell: Cell) -> None:
+    a, b = await cell.nodes("a", "b")
+    session = a.conversation(b).established.session_id
+    for jump_ms in (3_600_000, -7_200_000):
+        a.clock.moved_ms += jump_ms
+        await trio.sleep(10)
+        assert await a.ask(b, "test.echo", "same") == await b.ask(a, "test.echo", "same")
+        await a.tell_contact(f"moved:{a.clock.moved_ms % 1000 + 1}")
+        c = await cell.node(f"c{jump_ms}")
+        await c.join(await a.invite())  # its ticket is counted by the clock that jumped
+        await until(lambda c=c: c.key.public.raw in b.membership.roster.members)  # type: ignore[misc]
+    assert a.conversation(b).established.session_id == session
+    ticket = await a.invite()
+    a.clock.moved_ms += 3_600_000
+    await refused(Code.TICKET_EXPIRED, (await cell.node("late")).join, ticket)
+
+
 async def test_what_is_announced_reaches_those_who_are_here_and_those_who_come(cell: Cell) -> None:
     a, b = await cell.nodes("a", "b")
     heard: list[tuple[str, bytes]] = []

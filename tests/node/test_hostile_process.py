@@ -41,7 +41,13 @@ from knode.transport.quic import QuicCarrier
 from knode.transport.websocket import WebSocketCarrier
 from knode.world import SilentLog
 
-FLAGS = {"node.host": "127.0.0.1", "node.port": "0", "discovery.mdns": "false", "sandbox.prefer": "none"}
+FLAGS = {
+    "node.host": "127.0.0.1",
+    "node.port": "0",
+    "discovery.mdns": "false",
+    "discovery.libp2p": "false",
+    "sandbox.prefer": "none",
+}
 MIB = 2**20
 _numbers = itertools.count(1)
 SLACK = 12
@@ -248,8 +254,7 @@ async def test_requests_with_a_millisecond_to_live_end_and_are_counted(daemon: D
     for _ in range(30):
         for _ in range(SERVED_A_PEER):
             number += 1
-            task = number.to_bytes(16)
-            run = body(task, "kExecutor:text", b"a b", (), 300_000)
+            run = body(os.urandom(16), "kExecutor:text", b"a b", (), 300_000)
             stranger.say_later(stranger.request(number, "task.run", run, ttl_ms=1))
         await stranger.say()
         asked = number
@@ -268,14 +273,14 @@ async def test_streams_that_a_member_opens_and_never_feeds_hold_a_share_and_no_m
     before, count = daemon.process, daemon.counted(Code.RATE_LIMITED, where="failures")
     greedy = await rogue.open()
     for number in range(1, MAX_STREAMS + 1):
-        stage = body(number.to_bytes(16), "file", 1000)
+        stage = body(os.urandom(16), "file", 1000)
         greedy.say_later(
             greedy.request(number, "task.stage", stage, stream=greedy.session.open_stream(), ttl_ms=20_000)
         )
     await greedy.say()
     other = await (await Rogue.join(carrier, f"modest-{next(_numbers)}", daemon.ticket)).open()
     stream = other.session.open_stream()
-    await other.say(other.request(1, "task.stage", body(bytes(16), "file", 3), stream=stream))
+    await other.say(other.request(1, "task.stage", body(os.urandom(16), "file", 3), stream=stream))
     other.session.write(stream, b"abc")
     other.session.end(stream)
     await other.say()
@@ -294,7 +299,7 @@ async def test_data_that_nobody_reads_is_bounded_by_its_credit(daemon: Daemon, r
     for number in range(1, 17):
         stream = stranger.session.open_stream()
         await stranger.say(
-            stranger.request(number, "task.stage", body(number.to_bytes(16), "f", 10), stream=stream)
+            stranger.request(number, "task.stage", body(os.urandom(16), "f", 10), stream=stream)
         )
         while (room := stranger.session.writable(stream)) > 0:
             stranger.session.write(stream, bytes(min(room, 65536)))

@@ -123,6 +123,27 @@ def test_a_partition_needs_nodes_on_both_sides(net: Testnet, sides: tuple[str, .
     assert Testnet.open(net.folder).partition == frozenset()
 
 
+def test_a_frozen_node_is_noticed_and_goes_on_with_its_work(net: Testnet) -> None:
+    pid = net.status()["nodes"][2]["pid"]
+    script = "import time; time.sleep(1); print('done')"
+    asked = {"agent": "kExecutor:python", "input": script, "on": "node3", "direct": True}
+    with Client.connect(Home(net.node("node1").home)) as client:
+        task = client.call("task.submit", asked)["id"]
+        until(lambda: list(Home(net.node("node3").home).attempts.iterdir()))
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            until(lambda: states_seen_by(net, "node1")["node3"] == "failed")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        until(lambda: client.call("task.show", {"task": task})["state"] != "assigned")
+        ended = client.call("task.show", {"task": task})
+        # unknown: the machine was too busy to bring the two together again within the grace
+        assert (ended["state"], ended["result"]) in (("succeeded", "done\n"), ("unknown", None)), ended
+    until(lambda: set(states_seen_by(net, "node1").values()) == {"alive"})
+    until(lambda: set(states_seen_by(net, "node3").values()) == {"alive"})
+    assert net.status()["nodes"][2]["pid"] == pid
+
+
 def test_a_task_runs_on_another_node(net: Testnet, tmp_path: Path) -> None:
     file = tmp_path / "words.txt"
     file.write_text("one two three\n")
