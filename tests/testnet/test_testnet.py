@@ -138,7 +138,9 @@ def test_a_frozen_node_is_noticed_and_goes_on_with_its_work(net: Testnet) -> Non
         until(lambda: client.call("task.show", {"task": task})["state"] != "assigned")
         ended = client.call("task.show", {"task": task})
         # unknown: the machine was too busy to bring the two together again within the grace
-        assert (ended["state"], ended["result"]) in (("succeeded", "done\n"), ("unknown", None)), ended
+        assert (ended["state"], ended["result"]) in (("succeeded", "done\n"), ("unknown", None)), ended[
+            "error"
+        ]
     until(lambda: set(states_seen_by(net, "node1").values()) == {"alive"})
     until(lambda: set(states_seen_by(net, "node3").values()) == {"alive"})
     assert net.status()["nodes"][2]["pid"] == pid

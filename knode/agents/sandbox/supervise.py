@@ -215,7 +215,8 @@ class _Run:
 
     async def _kill_descendants(self) -> None:
         if self._namespace is not None:
-            signal.pidfd_send_signal(self._namespace, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and somebody has reaped it
+                signal.pidfd_send_signal(self._namespace, signal.SIGKILL)
             await trio.lowlevel.wait_readable(self._namespace)
         # There is no event for the end of a process that is not one's child, so this one asks again.
         while tree.kill_descendants(self._process.pid):  # noqa: ASYNC110
