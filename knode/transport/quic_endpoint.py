@@ -32,7 +32,7 @@ from knode.transport.openings import OPENINGS_AT_ONCE
 from knode.transport.quic_connection import CONNECTION_ID_BYTES, VERSION, Connection, refusal
 from knode.transport.quic_link import CLOSED_AT_ONCE, QuicLink
 from knode.transport.strangers import StrangerLines
-from knode.transport.udp import Path, SocketAddress, UdpSocket
+from knode.transport.udp import SEGMENTS_AT_ONCE, Path, SocketAddress, UdpSocket
 from knode.world import Log
 
 OPENING_SECONDS = 10
@@ -131,7 +131,7 @@ class QuicEndpoint:
         """
         now = trio.current_time()
         connection = Connection(configuration)
-        link = QuicLink(connection, b"", self._pump, now)
+        link = QuicLink(connection, b"", self._pump, self._pump_soon, now)
         self._add(link, connection.host_cid)
         connection.connect(Path(remote), now)
         self._pump(link)
@@ -164,15 +164,16 @@ class QuicEndpoint:
             touched: dict[QuicLink, None] = {}
             for _ in range(DATAGRAMS_A_TURN):
                 try:
-                    data, path = self.udp.receive()
+                    datagrams, path = self.udp.receive()
                 except BlockingIOError:
                     break
                 except OSError:
                     self.statistics.receive_faults += 1
                     continue
-                link = self._link_of(data, path, now)
-                if link is not None and self._give(link, data, path, now):
-                    touched[link] = None
+                for data in datagrams:
+                    link = self._link_of(data, path, now)
+                    if link is not None and self._give(link, data, path, now):
+                        touched[link] = None
             for remote, number in self.udp.refusals():
                 self._refused(remote, number)
             for link in touched:
@@ -203,17 +204,11 @@ class QuicEndpoint:
         if link not in self._links:
             return
         now = trio.current_time()
-        unreachable: OSError | None = None
         try:
             if link.timer_at <= now:
                 link.tick(now)
             over = self._follow(link)
-            for data, path in link.connection.datagrams_to_send(now):
-                try:
-                    self.udp.send(data, path)
-                except OSError as error:
-                    self.statistics.send_faults += 1  # as good as lost on the way
-                    unreachable = error if error.errno in _UNREACHABLE else unreachable
+            unreachable = self._send(link.connection.datagrams_to_send(now))
             over |= self._follow(link)
         except Exception:
             self._fault(link)
@@ -230,6 +225,35 @@ class QuicEndpoint:
             self._nap.deadline = link.timer_at
         if link.closed_why is not None:
             self._close_if_idle()
+
+    def _send(self, datagrams: list[tuple[bytes, Path]]) -> OSError | None:
+        """Send datagrams, those of one size and way together; return why an address cannot be reached."""
+        unreachable = None
+        begin = 0
+        while begin < len(datagrams):
+            data, path = datagrams[begin]
+            size, end = len(data), begin + 1
+            if self.udp.sends_segments:
+                last = min(len(datagrams), begin + SEGMENTS_AT_ONCE)
+                while end < last and len(datagrams[end][0]) == size and datagrams[end][1] is path:
+                    end += 1
+            try:
+                if end == begin + 1:
+                    self.udp.send(data, path)
+                else:
+                    together = b"".join(data for data, _ in datagrams[begin:end])
+                    self.udp.send(together, path, segment_bytes=size)
+            except OSError as error:
+                self.statistics.send_faults += 1  # as good as lost on the way
+                if error.errno in _UNREACHABLE:
+                    unreachable = error
+                elif end > begin + 1 and not isinstance(error, BlockingIOError):
+                    self.udp.sends_segments = False  # not by this interface, or not of this size
+            begin = end
+        return unreachable
+
+    def _pump_soon(self, link: QuicLink) -> None:
+        link.timer_at = self._nap.deadline = -math.inf
 
     def _follow(self, link: QuicLink) -> bool:
         """Take a connection's events; tell whether it is over."""
@@ -396,7 +420,7 @@ class QuicEndpoint:
             original_destination_connection_id=first_id,
             retry_source_connection_id=header.destination_cid,
         )
-        link = QuicLink(connection, binding, self._pump, now)
+        link = QuicLink(connection, binding, self._pump, self._pump_soon, now)
         self._add(link, header.destination_cid, connection.host_cid)
         self._openings[link] = now + OPENING_SECONDS
         return link

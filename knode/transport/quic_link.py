@@ -47,13 +47,19 @@ class QuicLink:
         connection: the protocol, which the link and its endpoint alone touch.
         binding: the channel's; the end that dialled learns it in the handshake.
         pump: lets the endpoint send what the connection has to say.
+        pump_soon: the same, in the next turn of the loop.
     """
 
     carrier = "quic"
     relayed = False
 
     def __init__(
-        self, connection: Connection, binding: bytes, pump: Callable[[QuicLink], None], now: float
+        self,
+        connection: Connection,
+        binding: bytes,
+        pump: Callable[[QuicLink], None],
+        pump_soon: Callable[[QuicLink], None],
+        now: float,
     ) -> None:
         self.connection = connection
         self.channel_binding = binding
@@ -63,6 +69,7 @@ class QuicLink:
         self.timer_at = math.inf
         """When the endpoint must look after it, in trio's time."""
         self._pump = pump
+        self._pump_soon = pump_soon
         self._reader = FrameReader()
         self._mark_due = 0 if connection.configuration.is_client else len(OPENING_MARK)
         self._frames: deque[bytes] = deque()
@@ -98,7 +105,10 @@ class QuicLink:
             self._check_open()
         self.connection.send_stream_data(STREAM, prefix)
         self.connection.send_stream_data(STREAM, bytes(frame))
-        self._pump(self)
+        if self._frames:
+            self._pump_soon(self)  # who answers what came in one datagram, answers in one
+        else:
+            self._pump(self)
         self.statistics.frames_sent += 1
         self.statistics.bytes_sent += len(frame)
 

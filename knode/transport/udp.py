@@ -17,7 +17,13 @@ _ERROR_BYTES = 256
 _IP_PKTINFO = 8
 _IP_RECVERR = 11
 _IPV6_RECVERR = 25
-_ANCILLARY_BYTES = socket.CMSG_SPACE(64) + socket.CMSG_SPACE(64)
+# linux/udp.h: the system cuts one piece into datagrams, and hands over several as one
+_SOL_UDP = 17
+_UDP_SEGMENT = 103
+_UDP_GRO = 104
+SEGMENTS_AT_ONCE = 48
+"""How many full datagrams one call sends: below the 64 KiB that IP allows."""
+_ANCILLARY_BYTES = 3 * socket.CMSG_SPACE(64)
 _LINUX = sys.platform == "linux"
 
 SocketAddress = tuple[Any, ...]
@@ -48,8 +54,13 @@ class UdpSocket:
         self.address: SocketAddress = bound.getsockname()
         self._local_level = 0
         self._local_type = 0
+        self.sends_segments = False
+        """Whether several datagrams can be sent at once."""
         if _LINUX:
             self._ask_for_errors()
+            with suppress(OSError):  # Linux before 5.0
+                bound.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+                self.sends_segments = True
             if self.address[0] in ("::", "0.0.0.0"):
                 self._ask_for_local_addresses()
 
@@ -75,21 +86,23 @@ class UdpSocket:
             self.bound.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
             self._local_level, self._local_type = socket.IPPROTO_IP, _IP_PKTINFO
 
-    def receive(self) -> tuple[bytes, Path]:
-        """Return the next datagram and the way it came.
+    def receive(self) -> tuple[list[bytes], Path]:
+        """Return the next datagrams of one way: several where the system handed them over as one.
 
         Raises:
             BlockingIOError: there is none.
             OSError: something else is there to be known; there may still be datagrams.
         """
-        if not self._local_type:
-            data, remote = self.bound.recvfrom(_READ_BYTES)
-            return data, Path(remote)
         data, ancillary, _, remote = self.bound.recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
+        local, size = b"", len(data)
         for level, kind, content in ancillary:
-            if level == self._local_level and kind == self._local_type:
-                return data, Path(remote, self._as_source(content))
-        return data, Path(remote)
+            if level == _SOL_UDP and kind == _UDP_GRO:
+                [size] = struct.unpack("i", content)
+            elif level == self._local_level and kind == self._local_type:
+                local = self._as_source(content)
+        if size >= len(data):
+            return [data], Path(remote, local)
+        return [data[begin : begin + size] for begin in range(0, len(data), size)], Path(remote, local)
 
     def _as_source(self, content: bytes) -> bytes:
         """Turn where a datagram came to into where the answer comes from."""
@@ -97,17 +110,22 @@ class UdpSocket:
             return content[:16] + bytes(4)  # in6_pktinfo; any interface
         return bytes(4) + content[4:8] + bytes(4)  # in_pktinfo: interface, source, destination
 
-    def send(self, data: bytes, path: Path) -> None:
-        """Send a datagram.
+    def send(self, data: bytes, path: Path, *, segment_bytes: int = 0) -> None:
+        """Send a datagram, or several of `segment_bytes` each, the last of which may be shorter.
 
         Raises:
             BlockingIOError: the kernel takes no more at the moment.
             OSError: it cannot be sent.
         """
-        if path.local:
-            self.bound.sendmsg([data], [(self._local_level, self._local_type, path.local)], 0, path.remote)
-        else:
+        if not (path.local or segment_bytes):
             self.bound.sendto(data, path.remote)
+            return
+        ancillary: list[tuple[int, int, bytes]] = []
+        if path.local:
+            ancillary.append((self._local_level, self._local_type, path.local))
+        if segment_bytes:
+            ancillary.append((_SOL_UDP, _UDP_SEGMENT, struct.pack("H", segment_bytes)))
+        self.bound.sendmsg([data], ancillary, 0, path.remote)
 
     def refusals(self) -> list[tuple[SocketAddress, int]]:
         """Return whom the network says it cannot reach (ICMP), each with an `errno`, and forget it."""
