@@ -107,6 +107,11 @@ class Connection(QuicConnection):
             self.request_key_update()
         return datagrams
 
+    def _connect(self, now: float) -> None:
+        """Begin, or begin again after a Retry: aioquic goes on to count what was sent before as in flight."""
+        self._loss._cc.bytes_in_flight = 0
+        super()._connect(now)
+
     @property
     def ending(self) -> ConnectionTerminated | None:
         """Why it ends, as soon as that is known; the event of that name comes when all is over."""

@@ -315,14 +315,14 @@ class QuicEndpoint:
     # connections from outside
 
     def _follow_opening(self, link: QuicLink, now: float) -> None:
-        if link.closed_why is not None:
-            self._drop_opening(link, link.closed_why)
-        elif link.opened.is_set():
+        if link.was_opened:
             del self._openings[link]
             if not self._accept(link):
                 self.statistics.over_limit += 1
                 self._say_dropped(link.remote_address, "too many links wait already")
                 link.drop("too many links wait already", CLOSED_AT_ONCE)
+        elif link.closed_why is not None:
+            self._drop_opening(link, link.closed_why)
         elif self._openings[link] <= now:
             self._drop_opening(link, f"not open after {OPENING_SECONDS} seconds")
 

@@ -35,6 +35,9 @@ OPENING_MARK = bytes(PREFIX_BYTES)
 FRAMES_A_TURN = 16
 """So many frames that wait already are taken before the loop gets its turn."""
 
+TIMER_SLACK_SECONDS = 1e-6
+"""Added to the core's timers: exactly at its time one may not be due, by the rounding of a sum."""
+
 CLOSED_IN_ORDER = 0
 CLOSED_AT_ONCE = 1
 NO_FRAME = 2
@@ -66,6 +69,8 @@ class QuicLink:
         self.statistics = LinkStatistics()
         self.opened = trio.Event()
         """Set when frames can be sent, or when that will never be."""
+        self.was_opened = False
+        """Whether it came so far; it may be over already, with frames to be taken."""
         self.timer_at = math.inf
         """When the endpoint must look after it, in trio's time."""
         self._pump = pump
@@ -138,7 +143,7 @@ class QuicLink:
         try:
             with trio.move_on_after(CLOSE_SECONDS):
                 await trio.lowlevel.checkpoint()
-                if is_first and self.opened.is_set() and self._closed_why is None:
+                if is_first and self.was_opened and self._closed_why is None:
                     self.connection.send_stream_data(STREAM, b"", end_stream=True)
                     self._pump(self)
                 while not (self.connection.delivered or self._closed_why):
@@ -187,6 +192,7 @@ class QuicLink:
         timer = self.connection.get_timer()
         if timer is None:
             return math.inf
+        timer += TIMER_SLACK_SECONDS
         return timer if self.connection.ending is not None else min(timer, self._ping_at)
 
     def follow(self) -> None:
@@ -204,11 +210,11 @@ class QuicLink:
                 if self.connection.configuration.is_client:
                     self.channel_binding = channel_binding(self.connection.peer_certificate())
                     self.connection.send_stream_data(STREAM, OPENING_MARK)
-                    self.opened.set()
+                    self._open()
             case StreamDataReceived(data=data, end_stream=end_stream):
                 self._take(data)
                 if end_stream and self._closed_why is None:
-                    inside = self._reader.inside_frame or not self.opened.is_set()
+                    inside = self._reader.inside_frame or self._mark_due
                     self._end(f"it was closed by the other end{', inside a frame' if inside else ''}")
             case StreamReset() | StopSendingReceived():
                 self.drop("the other end broke the stream off", CLOSED_AT_ONCE)
@@ -233,8 +239,12 @@ class QuicLink:
             self._refuse("the other end opened the stream with what is no empty frame")
             return b""
         if not self._mark_due:
-            self.opened.set()
+            self._open()
         return rest
+
+    def _open(self) -> None:
+        self.was_opened = True
+        self.opened.set()
 
     def _refuse(self, why: str) -> None:
         self._fault = why
