@@ -246,11 +246,20 @@ class Conversation:
         echo, heard_at = self._heard_ping
         held = max(0, round((now - heard_at) * 1e6)) if echo else 0
         if self.open:
-            try:
-                self.session.keep_alive(Keepalive(max(1, round(now * 1e6)), echo, held, load))
-            except KnodeError as error:
-                self.close(error.message)
-            self._wake.set()
+            self._keep_alive(Keepalive(max(1, round(now * 1e6)), echo, held, load))
+
+    def _keep_alive(self, keepalive: Keepalive) -> None:
+        """Send a keepalive, mostly without waking the task that writes: a node has one for each peer."""
+        try:
+            self.session.keep_alive(keepalive)
+            if not self._sending:
+                frame = self.session.next_frame()
+                if frame is None or self.link.send_at_once(frame):
+                    return
+                self.session.keep_alive(keepalive)
+        except KnodeError as error:
+            self.close(error.message)
+        self._wake.set()
 
     async def run(self) -> KnodeError | None:
         """Carry messages until the link or the session ends. Whoever calls it closes the link.
@@ -286,9 +295,10 @@ class Conversation:
                 frame = await self.link.receive_frame()
                 self._admit(self.established)
                 received = self.session.receive(frame)
-                self._heard(self._clock.monotonic())
+                now = self._clock.monotonic()
+                self._heard(now)
                 for item in received:
-                    self._take(item)
+                    self._take(item, now)
                 if self.session.has_output:
                     self._wake.set()
         except LinkFault as fault:
@@ -301,7 +311,7 @@ class Conversation:
             self.end_reason = self.end_reason or f"{error.code}: {error.message}"
             return error
 
-    def _take(self, item: Received) -> None:
+    def _take(self, item: Received, now: float) -> None:
         match item:
             case StreamData(stream=stream, data=data):
                 incoming = self._incoming.get(stream)
@@ -318,7 +328,6 @@ class Conversation:
                 if incoming is not None:
                     incoming.fail(KnodeError(Code.CANCELLED, f"the sender gave up ({code})"))
             case Keepalive():
-                now = self._clock.monotonic()
                 self._heard_ping = (item.sent_us, now)
                 self.peer_load = item.load
                 if item.echo_us:

@@ -16,18 +16,25 @@ from knode.klp.keepalive import Load
 from knode.mesh.conversation import Conversation
 from knode.world import Clock, Monotonic
 
+FEW = 16
+"""Up to so many peers hear from a node each `keepalive_s`."""
+
 
 class Heartbeat:
     """Keeps conversations alive, and ends those whose peer has fallen silent.
 
     Args:
-        keepalive_s: seconds between two signs of life to each peer.
+        keepalive_s: seconds between two signs of life to each peer, while they are few.
+        dead_after_s: seconds of silence after which a peer is given up; at least twice `keepalive_s`.
         load: how busy this node is; every sign of life tells it.
     """
 
-    def __init__(self, clock: Clock, keepalive_s: float, load: Callable[[], Load]) -> None:
+    def __init__(
+        self, clock: Clock, keepalive_s: float, dead_after_s: float, load: Callable[[], Load]
+    ) -> None:
         self._clock = clock
         self._keepalive_s = keepalive_s
+        self._longest_s = max(keepalive_s, dead_after_s / 2)
         self._load = load
         self._conversations: dict[Conversation, None] = {}  # in the order of their opening
 
@@ -41,12 +48,21 @@ class Heartbeat:
         finally:
             del self._conversations[conversation]
 
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two signs of life to each peer.
+
+        It grows with their number, so that a large cell is not busy with itself, and stays short enough
+        that one sign of life may be late without a peer being suspected.
+        """
+        return min(self._longest_s, self._keepalive_s * max(1.0, len(self._conversations) / FEW))
+
     async def run(self) -> None:
         """Beat until cancelled."""
         due = self._clock.monotonic()
         while True:
             now = self._clock.monotonic()
-            if now - due > self._keepalive_s:
+            if now - due > self._longest_s:
                 for conversation in self._conversations:
                     conversation.liveness.excuse(now - due, now)
             load = self._load()
@@ -54,5 +70,5 @@ class Heartbeat:
                 conversation.beat(now, load)
             # Woken when a peer will have failed, so that this is not noticed a whole beat later.
             fail_at = [conversation.liveness.fails_at for conversation in self._conversations]
-            due = Monotonic(min([now + self._keepalive_s, *(at for at in fail_at if at > now)]))
+            due = Monotonic(min([now + self.interval_s, *(at for at in fail_at if at > now)]))
             await trio.sleep_until(due)

@@ -66,7 +66,7 @@ class Peers:
         self._carriers = carriers
         self._log = MemberLog(world.clock, log)
         self._dead_after_s = dead_after_s
-        self._heartbeat = Heartbeat(world.clock, keepalive_s, load)
+        self._heartbeat = Heartbeat(world.clock, keepalive_s, dead_after_s, load)
         self._serving = Serving(self.boot, membership, methods, world.clock, self._log)
         self._peers: dict[bytes, Peer] = {}
         self._event_handlers: dict[str, EventHandler] = {}

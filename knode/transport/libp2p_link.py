@@ -79,6 +79,10 @@ class Libp2pLink:
         self._statistics.frames_sent += 1
         self._statistics.bytes_sent += len(frame)
 
+    def send_at_once(self, frame: bytes) -> bool:
+        """Never; see `Link.send_at_once`. Its streams are written to by tasks alone."""
+        return False
+
     async def receive_frame(self) -> bytes:
         """Return the next frame; see `Link.receive_frame`."""
         if self._frames:

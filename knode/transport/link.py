@@ -79,6 +79,13 @@ class Link(Protocol):
         """
         ...
 
+    def send_at_once(self, frame: bytes) -> bool:
+        """Send one frame if that needs no wait; False: nothing of it was sent, and `send_frame` can.
+
+        For small frames that many links are sent at one moment. Not while another task sends.
+        """
+        ...
+
     async def receive_frame(self) -> bytes:
         """Return the next frame.
 

@@ -101,9 +101,24 @@ class MemoryLink:
             self.peer._lose()
             self.vanish("the connection broke")
             raise LinkClosed("the connection broke")
-        self.peer._put(bytes(frame))
+        self._send(bytes(frame))
+
+    def send_at_once(self, frame: bytes) -> bool:
+        """Send one frame if there is room and it cannot break the link; see `Link.send_at_once`."""
+        if (
+            self._closed_why is not None
+            or self._is_peer_gone()
+            or not self.peer._has_room(len(frame))
+            or self._network.settings.breaks
+        ):
+            return False
+        self._send(frame)
+        return True
+
+    def _send(self, frame: bytes) -> None:
+        self.peer._put(frame)
         self.statistics.frames_sent += 1
-        self.statistics.bytes_sent += size
+        self.statistics.bytes_sent += len(frame)
 
     async def receive_frame(self) -> bytes:
         """Return the next frame; see `Link.receive_frame`."""

@@ -139,6 +139,10 @@ class PartitionedLink:
         await self._until_passable()
         await self._below(self._link.send_frame(frame))
 
+    def send_at_once(self, frame: bytes) -> bool:
+        """Send one frame if that needs no wait; see `Link.send_at_once`."""
+        return not (self.is_cut or self._is_closed) and self._link.send_at_once(frame)
+
     async def receive_frame(self) -> bytes:
         """Return the next frame; see `Link.receive_frame`. What comes while it is cut is kept for later."""
         while True:

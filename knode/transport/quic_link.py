@@ -108,8 +108,18 @@ class QuicLink:
         ):
             await self._changed.park()
             self._check_open()
+        self._send(prefix, bytes(frame))
+
+    def send_at_once(self, frame: bytes) -> bool:
+        """Send one frame if nothing waits before it; see `Link.send_at_once`."""
+        if self._closed_why is not None or self._is_closing or self.connection.unsent_bytes:
+            return False
+        self._send(frame_prefix(len(frame)), frame)
+        return True
+
+    def _send(self, prefix: bytes, frame: bytes) -> None:
         self.connection.send_stream_data(STREAM, prefix)
-        self.connection.send_stream_data(STREAM, bytes(frame))
+        self.connection.send_stream_data(STREAM, frame)
         if self._frames:
             self._pump_soon(self)  # who answers what came in one datagram, answers in one
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections import deque
+from contextlib import suppress
 
 import trio
 
@@ -91,6 +92,18 @@ class TlsStream:
                     self._unsent = self._unsent[sent:]
         finally:
             self._sending.release()
+
+    def flush_at_once(self) -> None:
+        """Hand to the kernel what it takes now of what was queued; the next flush sends the rest."""
+        with suppress(BlockingIOError):
+            while self._unsent or self._encrypt_next():
+                sent = self._open_socket().send(self._unsent)
+                self._unsent = self._unsent[sent:]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits to be sent, and nobody sends."""
+        return not (self._plain or self._unsent or self._outgoing.pending or self._sending.locked())
 
     def _encrypt_next(self) -> bool:
         """Make the next piece ready to be sent; tell whether there is one."""

@@ -76,6 +76,22 @@ class WebSocketLink:
         self.statistics.frames_sent += 1
         self.statistics.bytes_sent += size
 
+    def send_at_once(self, frame: bytes) -> bool:
+        """Send one frame if nothing waits before it; see `Link.send_at_once`."""
+        is_open = self._closed_why is None and not self._is_closing and self._protocol.state is State.OPEN
+        if not (is_open and self._stream.is_idle and not self._protocol.writes):
+            return False
+        self._protocol.send_binary(frame)
+        for data in self._protocol.data_to_send():
+            self._stream.queue(data)
+        try:
+            self._stream.flush_at_once()
+        except OSError as error:
+            self._drop(f"the connection broke ({error})")
+        self.statistics.frames_sent += 1
+        self.statistics.bytes_sent += len(frame)
+        return True
+
     async def receive_frame(self) -> bytes:
         """Return the next frame; see `Link.receive_frame`."""
         if self._frames:

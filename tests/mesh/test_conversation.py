@@ -39,7 +39,7 @@ class Side:
             admit=self._admit,
             deliver=self._deliver,
         )
-        self.heartbeat = Heartbeat(MovableClock(), KEEPALIVE_S, lambda: Load(1, 2, 3, 4))
+        self.heartbeat = Heartbeat(MovableClock(), KEEPALIVE_S, 3.0, lambda: Load(1, 2, 3, 4))
 
     def _deliver(self, conversation: Conversation, message: Message) -> None:
         self.taken.append(message)

@@ -103,6 +103,46 @@ async def test_both_ends_send_at_once(pair: Pair) -> None:
                 nursery.start_soon(receive, link)
 
 
+async def test_what_is_sent_at_once_arrives_whole_and_in_its_place(pair: Pair) -> None:
+    near, far = pair
+    frames = [numbered(number, 32) for number in range(200)]
+    sent_at_once = 0
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def send() -> None:
+            nonlocal sent_at_once
+            for number, frame in enumerate(frames):
+                if number % 3 and near.send_at_once(frame):
+                    sent_at_once += 1
+                else:
+                    await near.send_frame(frame)
+                if number % 50 == 0:
+                    await trio.lowlevel.checkpoint()
+
+        with trio.fail_after(LIMIT_SECONDS):
+            assert [await far.receive_frame() for _ in frames] == frames
+    assert near.statistics.frames_sent == len(frames)
+    assert near.statistics.bytes_sent == 32 * len(frames)
+    assert sent_at_once > 0 or near.carrier == "libp2p"
+
+
+async def test_a_full_or_closed_link_sends_nothing_at_once(tenfold_clock: MockClock, pair: Pair) -> None:
+    near, far = pair
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fill, near)
+        await until_blocked(near)
+        nursery.cancel_scope.cancel()
+    sent = near.statistics.frames_sent
+    taken = sum(near.send_at_once(bytes(60_000)) for _ in range(1000))
+    assert taken < 100
+    assert near.statistics.frames_sent == sent + taken
+    await near.aclose()
+    assert not near.send_at_once(b"x")
+    await far.aclose()
+    assert not far.send_at_once(b"x")
+
+
 @pytest.mark.parametrize("buffer", [bytes, bytearray, memoryview])
 async def test_any_buffer_can_be_sent_and_may_change_after_the_send(
     pair: Pair, buffer: Callable[[bytes], Any]
