@@ -48,6 +48,8 @@ BOUNDS = {"resident_bytes": 8 * 2**20, "descriptors": 8, "threads": 4, "tasks": 
 WINDOW = 5
 """Samples at either end whose lowest is compared: what is under way comes and goes, a leak stays."""
 
+SHOWN_FAULTS = 20
+
 Tell = Callable[[str], None]
 
 
@@ -93,6 +95,8 @@ class Record:
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     disturbances: list[Disturbance] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """What else went wrong, one sentence each."""
 
     def excused(self, answer: Answer) -> bool:
         """Whether a restart excuses that an answer is no success; nothing excuses a lost or a wrong one."""
@@ -120,7 +124,7 @@ class Record:
             f"{a.outcome}: {a.submitter} to {a.worker}, from {a.begin_s:.1f} s to {a.end_s:.1f} s"
             for a in bad
         ]
-        return found
+        return found + self.problems
 
 
 class Soak:
@@ -141,11 +145,17 @@ class Soak:
             thread.start()
         try:
             self._disturb(minutes * 60, every_s)
+        except KnodeError as error:
+            self.record.problems.append(f"after {self._now():.0f} s: {error}")
         finally:
             self._over.set()
             for thread in submitters:
                 thread.join()
-        self._sample()
+        try:
+            self._sample()
+        except KnodeError as error:
+            self.record.problems.append(f"at the end: {error}")
+        self._look_for_leftovers()
 
     def _now(self) -> float:
         return time.monotonic() - self._begun
@@ -208,6 +218,12 @@ class Soak:
                 values = client.call("status", silence_s=30)["process"]
                 sample = Sample(self._now(), client.daemon_pid, values)
             self.record.samples.setdefault(node.name, []).append(sample)
+
+    def _look_for_leftovers(self) -> None:
+        for node in self._net.nodes:
+            left = [path.name for path in Home(node.home).attempts.iterdir()]
+            if left:
+                self.record.problems.append(f"{node.name}: {len(left)} attempts were left on the disk")
 
     def _tell_progress(self, happened: str) -> None:
         outcomes = Counter(answer.outcome for answer in list(self.record.answers))
@@ -344,7 +360,8 @@ def main(words: Sequence[str]) -> int:
     faults = soak.record.faults(warm_up_s)
     print(f"{options.nodes} nodes, {options.minutes:g} minutes, {len(soak.record.disturbances)} restarts\n")
     print(table_of(soak.record, warm_up_s), summary_of(soak.record), sep="\n\n")
-    print("\nverdict: " + ("\n  ".join(["BAD", *faults]) if faults else "good"))
+    more = [f"and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
+    print("\nverdict: " + ("\n  ".join(["BAD", *faults[:SHOWN_FAULTS], *more]) if faults else "good"))
     return 1 if faults else 0
 
 
