@@ -7,9 +7,13 @@ import trio
 from mesh_cell import Cell, MeshNode, until
 
 from knode.errors import Code, KnodeError
+from knode.klp.codec import encode
 from knode.klp.frames import refusal
-from knode.mesh.contact import MAX_ADDRESSES
+from knode.klp.messages import Context, Event
+from knode.klp.objects import Domain, sign
+from knode.mesh.contact import MAX_ADDRESSES, Contact
 from knode.mesh.dialling import BACKOFF_LONGEST_S, CLAIMED_ADDRESSES, DIALS_AT_ONCE
+from knode.mesh.gossip import CONTACTS_TOPIC, Objects
 from knode.mesh.handshakes import HANDSHAKE_S
 from knode.mesh.liveness import PeerState
 from knode.transport import Link
@@ -126,3 +130,27 @@ async def test_an_address_of_another_member_in_a_contact_leads_to_that_member_al
     assert a.peer(b).state is PeerState.ALIVE  # it dials, too
     assert a.conversation(c).established.session_id == session
     assert a.membership.contacts[c.key.public.raw].body.addresses == (c.address,)
+
+
+async def test_a_member_speaks_for_its_own_address_and_agents_alone(cell: Cell) -> None:
+    a, b, c = await cell.nodes("a", "b", "c")
+    heard: list[tuple[bytes, bytes]] = []
+    a.peers.on_event("test.offer", lambda key, body: heard.append((key.raw, body)))
+    true = a.membership.contacts[c.key.public.raw]
+    older = c.contact("nowhere:1")  # signed by c, long ago
+    c.clock.moved_ms += 1000
+    await c.tell_contact("elsewhere:2")
+    await until(lambda: a.membership.contacts[c.key.public.raw] is not true)
+    newest = a.membership.contacts[c.key.public.raw]
+    await b.stop()
+    rogue = cell.stranger(b.key)
+    await rogue.shake_hands(a)
+    body = Contact(c.key.public.raw, ("mallory:1",), "0.1.0", newest.body.issued + 1)
+    forged = sign(b.key, Domain.NODE, encode(body))
+    for data in (forged, older.data):
+        await rogue.say(Event(CONTACTS_TOPIC, Context(), encode(Objects((data,)))))
+    await rogue.say(Event("test.offer", Context(), b"as c would say it"))
+    await until(lambda: heard == [(b.key.public.raw, b"as c would say it")])
+    await trio.sleep(5)
+    assert a.membership.contacts[c.key.public.raw].data == newest.data
+    assert "roster news not taken" in a.log.events("warning")
