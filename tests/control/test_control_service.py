@@ -26,6 +26,7 @@ from knode.node import initialise
 from knode.world.real import real_world
 
 ROOT = Path(__file__).parents[2]
+FLAGS = {"node.host": "127.0.0.1", "node.port": "0", "discovery.libp2p": "false"}
 DEPLOYED = ROOT / "deploy" / "knode.service"
 
 
@@ -122,7 +123,7 @@ def _sandbox(folder: Path) -> str | None:
 
 
 def test_systemd_keeps_the_daemon_running_and_agents_have_their_sandbox(user: User, tmp_path: Path) -> None:
-    user.knode("init", "--name", "desk", "--host", "127.0.0.1", "--port", "0")
+    initialise(user.home, name="desk", flags=FLAGS)
     installed = user.knode("service", "install")
     assert (installed["enabled"], installed["active"]) == (True, True)
     assert user.status()["sandbox"] == _sandbox(tmp_path)  # the hardening takes nothing from the agents
@@ -156,9 +157,7 @@ def test_systemd_keeps_the_daemon_running_and_agents_have_their_sandbox(user: Us
 
 def test_a_unit_of_another_home_is_left_as_it_is(user: User) -> None:
     for name in ("a", "b"):
-        initialise(
-            Home(user.systemd.home / name), name=name, flags={"node.host": "127.0.0.1", "node.port": "0"}
-        )
+        initialise(Home(user.systemd.home / name), name=name, flags=FLAGS)
     unit = user.systemd.home / ".config/systemd/user/knode.service"
     unit.parent.mkdir(parents=True)
     unit.write_text(unit_text(command_of(Home(user.systemd.home / "a"))))
