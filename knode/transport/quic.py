@@ -46,8 +46,9 @@ class QuicListener:
 
     @property
     def dropped(self) -> int:
-        """How many connections failed in their opening."""
-        return self.endpoint.statistics.dropped
+        """How many connections failed in their opening, or were one too many."""
+        seen = self.endpoint.statistics
+        return seen.dropped + seen.over_limit + seen.bad_tokens
 
     @property
     def addresses(self) -> list[str]:

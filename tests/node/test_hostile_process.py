@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -146,6 +147,18 @@ async def test_a_flood_of_silent_connections_holds_few_of_them(daemon: Daemon) -
         await trio.aclose_forcefully(stream)
     await blocking(partial(daemon.settles, before))
     assert daemon.status["dropped"] - dropped == 400
+
+
+async def test_a_flood_of_datagrams_of_noise_changes_nothing(daemon: Daemon) -> None:
+    before, noise = daemon.process, random.Random(7)
+    port = int(parse_ticket(daemon.ticket).addresses[0].rpartition(":")[2])
+    with trio.socket.socket(type=trio.socket.SOCK_DGRAM) as udp:
+        for number in range(10_000):
+            first = bytes([noise.choice((0x00, 0x40, 0xC0, 0xFF))])  # short, long, or none of QUIC's headers
+            await udp.sendto(first + noise.randbytes(noise.choice((0, 20, 1200))), ("127.0.0.1", port))
+            if number % 1000 == 0:
+                await blocking(daemon.works)
+    await blocking(partial(daemon.settles, before))
 
 
 @pytest.mark.parametrize("shows", ["no ticket", "a forged ticket"])
