@@ -81,7 +81,9 @@ class LocalNetwork:
 
     def close(self) -> None:
         """Remove everything."""
-        for machine in self.machines:
+        for number, machine in enumerate(self.machines):
+            # The namespace itself lives on for as long as a socket of it waits for its end.
+            self._ip("link", "del", f"{self._name}w{number}")
             self._ip("netns", "del", machine)
         self._ip("link", "del", self.bridge)
 
