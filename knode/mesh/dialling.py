@@ -136,9 +136,7 @@ class Dialling:
         try:
             while self._is_wanted(peer):
                 learned = self._kept[peer.key.raw] = trio.Event()
-                await race(
-                    self.ways(peer), partial(self._opens, peer), is_over=lambda: peer.conversation is not None
-                )
+                await self._reach(peer)
                 begun = self._world.clock.monotonic()
                 await self._improve(peer)
                 if self._world.clock.monotonic() - begun >= STEADY_S:
@@ -153,6 +151,28 @@ class Dialling:
             self._claim_dialled_at.pop(peer.key.raw, None)
             self._failures.pop(peer.key.raw, None)
             self._let_go(peer)
+
+    async def _reach(self, peer: Peer) -> None:
+        """Race all ways to a peer once; anew when it tells other addresses while that lasts.
+
+        What others claim of it waits for the next race: else they could end every dial.
+        """
+        told: tuple[str, ...] | None = None
+        while peer.conversation is None and told != self._told(peer):
+            told = self._told(peer)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end_when_told, peer, told, nursery.cancel_scope)
+                await race(
+                    self.ways(peer), partial(self._opens, peer), is_over=lambda: peer.conversation is not None
+                )
+                nursery.cancel_scope.cancel()
+
+    async def _end_when_told(self, peer: Peer, told: tuple[str, ...], scope: trio.CancelScope) -> None:
+        while self._told(peer) == told:
+            await self._kept[peer.key.raw].wait()
+            if self._told(peer) == told:
+                self._kept[peer.key.raw] = trio.Event()
+        scope.cancel()
 
     async def _improve(self, peer: Peer) -> None:
         """Return when there is no conversation any more; until then look for a better way now and then."""

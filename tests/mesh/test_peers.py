@@ -106,6 +106,25 @@ async def test_dials_back_off_with_jitter_and_reach_the_peer_when_it_is_back(cel
     assert await until(lambda: a.peer(b).state is PeerState.ALIVE, within_s=60) < BACKOFF_LONGEST_S * 1.5 + 1
 
 
+async def test_an_address_that_is_told_while_others_do_not_answer_is_dialled_at_once(cell: Cell) -> None:
+    a, b, _ = await cell.nodes("a", "b", "c")
+    await trio.sleep(1)  # what is told later counts
+    for node in (a, b):
+        cell.network.cut(node.name, "nowhere")
+        await node.tell_contact("nowhere:1")
+    for node, other in ((a, b), (b, a)):
+        key, known = other.key.public.raw, node.membership
+        await until(lambda key=key, known=known: known.contacts[key].body.addresses == ("nowhere:1",))
+    a.conversation(b).close("for the test")
+    await trio.sleep(2)
+    assert a.peer(b).conversation is None
+    b.peers.discovered(a.key.node_id, ["nowhere:2"])
+    await b.tell_contact()
+    begun = trio.current_time()
+    await a.connected(b)
+    assert trio.current_time() - begun < 1, "a dial that nobody answers takes ten seconds"
+
+
 async def test_a_link_that_ends_at_once_is_not_opened_in_a_hot_loop(cell: Cell) -> None:
     a, b = await cell.nodes("a", "b")
 
