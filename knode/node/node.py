@@ -40,7 +40,7 @@ from knode.transport import Carrier, Listener
 from knode.world import Log, World
 
 MIGRATIONS = (MESH_SCHEMA,)
-CONTACT_EVERY_S = 30.0
+CONTACT_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -174,42 +175,39 @@ def test_without_the_programs_it_says_which_and_how_to_get_it(
     assert "util-linux" in caught.value.next_step
 
 
-def test_nodes_in_namespaces_are_parted_healed_and_leave_nothing(tmp_path: Path) -> None:
+def test_two_homes_meet_through_the_relay_are_parted_healed_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("KNODE_DISCOVERY_MDNS", "KNODE_DISCOVERY_LIBP2P"):
+        monkeypatch.delenv(variable, raising=False)  # in here it is the topology that says
     started(tmp_path, on_a_lan(1))
     Namespaces.stop(tmp_path)
     folder = tmp_path / "net"
-    homes = [folder / "node1", folder / "node2"]
+    homes = [folder / f"node{number}" for number in (1, 2, 3)]
 
-    def seen() -> list[str]:
-        return [
-            row["sees"] and row["sees"][other]
-            for row, other in zip(net.status()["nodes"], ("node2", "node1"), strict=True)
-        ]
+    def knode(*words: str) -> Any:
+        line = [sys.executable, "-m", "knode", *words, "--json"]
+        run = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return json.loads(run.stdout)
+
+    def node2_sees(*states: str) -> bool:
+        return net.status()["nodes"][1]["sees"] == dict(zip(("node1", "node2", "node3"), states, strict=True))
 
     try:
-        line = [
-            sys.executable,
-            "-m",
-            "knode",
-            "testnet",
-            "up",
-            "--netns",
-            "--nodes",
-            "2",
-            "--dir",
-            str(folder),
-        ]
-        up = subprocess.run([*line, "--json"], capture_output=True, timeout=300, check=True)
-        pids = [row["pid"] for row in json.loads(up.stdout)["nodes"]]
-        assert len({os.readlink(f"/proc/{pid}/ns/net") for pid in ("self", *pids)}) == 3
+        rows = knode("testnet", "up", "--topology", "two-homes-behind-nat", "--dir", str(folder))["nodes"]
         net = Testnet.open(folder)
-        net.cut(["1"])
-        until(lambda: seen() == ["failed", "failed"])
+        places = {os.readlink(f"/proc/{pid}/ns/net") for pid in ("self", *(row["pid"] for row in rows))}
+        assert len(places) == 4
+        relayed = {peer["name"]: peer["relayed"] for peer in knode("peer", "list", "--home", str(homes[1]))}
+        assert relayed == {"node1": False, "node3": True}
+        task = ("task", "submit", "kExecutor:text", "--direct", "--wait", "--on", "node3")
+        words = '{"op":"count","text":"from home to home"}'
+        assert knode(*task, "--input", words, "--home", str(homes[1]))["state"] == "succeeded"
+        net.cut(["2"])
+        until(lambda: node2_sees("failed", "alive", "failed"))
         net.heal()
-        until(lambda: seen() == ["alive", "alive"])
-        net.kill("2")
-        net.restart("2")
-        until(lambda: seen() == ["alive", "alive"])
+        until(lambda: node2_sees("alive", "alive", "alive"))
         net.kill("2")
         net.down()
         assert list(folder.iterdir()) == []
