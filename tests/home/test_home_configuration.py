@@ -77,6 +77,9 @@ def test_a_damaged_home_file_does_not_keep_the_configuration_from_being_read(hom
         ('{"node": {"port": 1, "port": 2}}', "twice"),
         ('{"node": {"name": "A B"}}', "node.name"),
         ('{"node": {"advertise": ["nowhere"]}}', "node.advertise"),
+        ('{"node": {"advertise": ["/ip4/1.2.3.4/udp/4748/p2p/12D3KooW"]}}', "node.advertise"),
+        ('{"discovery": {"relays": ["relay.example:4748"]}}', "discovery.relays"),
+        ('{"discovery": {"relays": ["/dns/a/tcp/1/p2p/12D3/p2p-circuit/p2p/12D3"]}}', "discovery.relays"),
         ('{"node": 1}', "node must be an object"),
         ('{"mesh": {"keepalive_s": NaN}}', "mesh.keepalive_s"),
         ('{"mesh": {"dead_after_s": Infinity}}', "mesh.dead_after_s"),
@@ -94,6 +97,18 @@ def test_a_broken_file_is_refused_with_its_name_the_place_and_the_reason(
     error = refused(home)
     assert expected in error.message
     assert "config" in error.message
+
+
+def test_multiaddrs_are_advertised_and_name_relays(home: Home) -> None:
+    relay = "/dns/relay.example/tcp/4748/p2p/12D3KooWReay"
+    through = f"{relay}/p2p-circuit/p2p/12D3KooWSame"
+    set_value(
+        real_world(), home, "node.advertise", f"a.example:1, /ip6/::1/tcp/2/p2p/12D3KooWSame, {through}"
+    )
+    set_value(real_world(), home, "discovery.relays", relay)
+    values = load_configuration(real_world(), home, {}, {}).values
+    assert values.node.advertise == ("a.example:1", "/ip6/::1/tcp/2/p2p/12D3KooWSame", through)
+    assert values.discovery.relays == (relay,)
 
 
 def test_a_file_that_is_not_text_is_refused(home: Home) -> None:

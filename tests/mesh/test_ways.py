@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from knode.mesh.ways import Scope, Way, can_be_dialled, scope_of, ways_to
+from knode.mesh.ways import Scope, Way, can_be_dialled, fitting, scope_of, ways_to
 from knode.transport import Carrier
 from knode.transport.address import is_host_and_port
 
@@ -78,3 +78,12 @@ def test_every_kind_that_dials_an_address_is_a_way_and_each_way_is_there_once() 
 def test_what_is_no_machines_address_is_not_dialled(address: str) -> None:
     assert not can_be_dialled(address)
     assert ways_to([address], {"quic": _Dials(multiaddrs=False)}) == []  # type: ignore[dict-item]
+
+
+def test_where_not_all_addresses_fit_a_relayed_one_has_its_place() -> None:
+    direct = [f"192.168.1.{number}:4747" for number in range(6)]
+    assert fitting(direct, 4) == tuple(direct[:4])
+    assert fitting([*direct, RELAYED], 4) == (*direct[:3], RELAYED)
+    assert fitting([RELAYED, RELAYED, *direct], 4) == (*direct[:3], RELAYED)
+    assert fitting([direct[0], RELAYED], 4) == (direct[0], RELAYED)
+    assert fitting([], 4) == ()
