@@ -1,4 +1,4 @@
-"""The libp2p link beside a stream of py-libp2p's own host: bulk, one request at a time, and 32 in flight.
+"""The libp2p link beside a stream of py-libp2p's own host: bulk, one request at a time, 32 in flight; memory.
 
 Each side of each measurement runs in two processes, trio at both ends. The floor is a stream of protocol
 `/echo/1.0.0` between two hosts of py-libp2p (TCP, Noise, Yamux); the figure sends frames.
@@ -7,17 +7,22 @@ Each side of each measurement runs in two processes, trio at both ends. The floo
 from __future__ import annotations
 
 import multiprocessing
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import trio
 
+from benchmarks.node import FLAGS, _daemon, _resident_mib
 from benchmarks.report import Row
+from knode.home.layout import Home
 from knode.identity import KeyPair
+from knode.node import initialise
 from knode.transport import Link
 from knode.transport.libp2p_carrier import Libp2pCarrier
 from knode.world import SilentLog
@@ -30,6 +35,8 @@ FRAME_BYTES = 256 * 1024
 REQUEST_BYTES = 200
 ECHOES = 500
 IN_FLIGHT = 32
+IMPORTED_S = 5.0
+MORE_MIB = 80e6 / 2**20
 _ECHO = "/echo/1.0.0"
 
 Measure = Callable[["Pipe"], Awaitable[float]]
@@ -99,7 +106,30 @@ def run() -> list[Row]:
             target="at least 0.50",
             met=flight >= 0.5,
         ),
+        _memory(),
     ]
+
+
+def _memory() -> Row:
+    """Compare what two idle daemons hold, five seconds after they answer."""
+    resident_mib = {}
+    for libp2p in ("false", "true"):
+        with tempfile.TemporaryDirectory() as folder:
+            home = Home(Path(folder, "daemon"))
+            flags = FLAGS | {"discovery.libp2p": libp2p, "discovery.libp2p_port": "0"}
+            initialise(home, name="daemon", flags=flags)
+            with _daemon(home) as (pid, _):
+                time.sleep(IMPORTED_S)
+                resident_mib[libp2p] = _resident_mib(pid)
+    more_mib = resident_mib["true"] - resident_mib["false"]
+    return Row(
+        name="libp2p on: memory of an idle daemon beyond that with libp2p off",
+        figure=f"{more_mib:.0f} MiB",
+        floor=f"{resident_mib['false']:.0f} MiB with libp2p off",
+        ratio=more_mib / MORE_MIB,
+        target=f"at most {MORE_MIB:.0f} MiB",
+        met=more_mib <= MORE_MIB,
+    )
 
 
 async def _bulk(pipe: Pipe) -> float:
