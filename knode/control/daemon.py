@@ -93,7 +93,10 @@ async def _serve(world: World, home: Home, configuration: Configuration, log: Op
             world, home, settings, carriers, machine, log.logger, announcer=announcer, finder=finder
         )
         if libp2p is not None:
-            libp2p.may_reserve = lambda node_id: any(p.node_id == node_id for p in node.peers.members())
+            guests = settings.discovery.relay_guests
+            libp2p.may_reserve = lambda node_id: (
+                node_id in guests or any(peer.node_id == node_id for peer in node.peers.members())
+            )
         if partition is not None:
             _tell_owners(partition, node)
             nursery.start_soon(partition.run)

@@ -80,6 +80,7 @@ class DiscoverySettings(Struct, frozen=True, forbid_unknown_fields=True):
     libp2p_port: Annotated[int, Meta(ge=0, le=65535)] = 4748
     relays: Annotated[tuple[PeerAddress, ...], Meta(max_length=4)] = ()
     relay_server: bool = False
+    relay_guests: Annotated[tuple[NodeId, ...], Meta(max_length=64)] = ()
     bootstrap: Annotated[tuple[PeerAddress, ...], Meta(max_length=16)] = ()
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import libp2p
 import pytest
@@ -20,8 +21,25 @@ from knode.control.client import Client
 from knode.errors import EXIT_USAGE, KnodeError
 from knode.home.configuration import set_value
 from knode.home.layout import Home
+from knode.identity import KeyPair
 from knode.node import initialise
+from knode.transport.libp2p_address import parse_peer_address
+from knode.transport.libp2p_carrier import Libp2pCarrier, Libp2pSettings
 from knode.world.real import real_world
+
+
+class RecordingLog:
+    """Keeps what was logged of a refusal."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def info(self, event: str, **fields: Any) -> None:
+        pass
+
+    def warning(self, event: str, **fields: Any) -> None:
+        assert "PERMISSION_DENIED" in fields["why"]
+        self.lines.append(event)
 
 
 @pytest.fixture
@@ -58,13 +76,37 @@ def answering(home: Home) -> Client | None:
         return None
 
 
-def test_any_libp2p_host_pings_a_daemon_which_goes_down_in_order(home: Home) -> None:
+async def take_a_place(relay: str, key: KeyPair) -> bool:
+    """Ask for a place at a relay; tell whether it is given."""
+    log = RecordingLog()
+    settings = Libp2pSettings(relays=[parse_peer_address(relay)])
+    carrier = Libp2pCarrier(real_world(), key, log, settings)
+    listener = await carrier.listen("127.0.0.1", 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listener.serve, lambda link: link.aclose())
+        with trio.fail_after(PATIENCE_S):
+            while not (carrier.relayed_addresses or log.lines):  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)
+        given = bool(carrier.relayed_addresses)
+        nursery.cancel_scope.cancel()
+    await listener.aclose()
+    return given
+
+
+def test_a_daemon_is_pinged_by_any_libp2p_host_relays_for_its_guests_and_goes_down_in_order(
+    home: Home,
+) -> None:
+    guest, stranger = KeyPair(b"g" * 32), KeyPair(b"s" * 32)
+    set_value(real_world(), home, "discovery.relay_server", "true")
+    set_value(real_world(), home, "discovery.relay_guests", guest.node_id)
     with start(home) as process:
         with until(lambda: answering(home)) as client:
             status = client.call("status")
         [_, multiaddr] = status["addresses"]
         assert multiaddr.endswith(f"/p2p/{status['node_id']}")
         trio.run(ping, multiaddr)
+        assert trio.run(take_a_place, multiaddr, guest)
+        assert not trio.run(take_a_place, multiaddr, stranger)
         process.terminate()
         _, said = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, b"Traceback" in said) == (0, False), said

@@ -15,7 +15,13 @@ from knode import errors
 from knode.control.methods import ControlMethods
 from knode.errors import Code
 
-NO_CODES = {"XDG_RUNTIME_DIR", "NO_COLOR", "RLIMIT_AS"}
+NO_CODES = {
+    "XDG_RUNTIME_DIR",
+    "NO_COLOR",
+    "RLIMIT_AS",
+    "PERMISSION_DENIED",
+    "NO_RESERVATION",
+}  # of relays, too
 NO_CODES_PREFIXES = ("KNODE_", "MAX_")
 
 
