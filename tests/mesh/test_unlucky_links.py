@@ -99,7 +99,7 @@ async def two(
 ) -> tuple[MeshNode, MeshNode, Line]:
     """Two members; only the second dials, and all that it says goes over a line."""
     monkeypatch.setattr(mesh_cell, "KEEPALIVE_S", 0.25)
-    monkeypatch.setattr(mesh_cell, "DEAD_AFTER_S", 0.75)
+    monkeypatch.setattr(mesh_cell, "DEAD_AFTER_S", 1.5)
     a, b = (
         MeshNode(
             name,
@@ -130,7 +130,7 @@ async def test_a_half_open_link_is_found_dead_at_both_ends_and_replaced(
     await happens(lambda: a.peer(b).state is b.peer(a).state is PeerState.FAILED)
     for node in (a, b):
         reasons = [fields["why"] for _, event, fields in node.log.lines if event == "peer disconnected"]
-        assert "nothing heard for 0.75 s" in reasons
+        assert "nothing heard for 1.5 s" in reasons
     line.heal()
     await happens(lambda: a.peer(b).state is b.peer(a).state is PeerState.ALIVE)
     assert a.conversation(b).established.session_id != sessions
