@@ -143,11 +143,13 @@ def test_who_is_barred_is_not_heard_until_it_is_no_more(town: Namespaces) -> Non
 
 def test_a_network_is_found_by_its_folder_and_ends_with_its_process(tmp_path: Path) -> None:
     network = started(tmp_path, on_a_lan(2))
-    assert Namespaces.find(tmp_path) == network
-    assert Namespaces.find(tmp_path / "other") is None
-    ours = {"port1", "port2", "br0"} & {name for _, name in socket.if_nameindex()}
-    assert not ours, "the machine's own network is untouched"
-    assert end([network.pid], signal.SIGKILL) == []
+    try:
+        assert Namespaces.find(tmp_path) == network
+        assert Namespaces.find(tmp_path / "other") is None
+        ours = {"port1", "port2", "br0"} & {name for _, name in socket.if_nameindex()}
+        assert not ours, "the machine's own network is untouched"
+    finally:
+        assert end([network.pid], signal.SIGKILL) == []
     assert Namespaces.find(tmp_path) is None
 
 
