@@ -37,8 +37,8 @@ from knode.world import Log
 
 OPENING_SECONDS = 10
 CONNECTIONS_AT_ONCE = 1024
-DATAGRAMS_A_TURN = 32
-"""How many are taken before the loop gets its turn."""
+DATAGRAMS_A_TURN = 64
+"""After so many the loop gets its turn; what the system hands over at once, at most 64 KiB, may exceed it."""
 
 _LONG_HEADER = 0x80
 _UNREACHABLE = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM)
@@ -65,7 +65,7 @@ class EndpointStatistics:
     receive_faults: int = 0
     """Errors that the system gave instead of a datagram."""
     faults: int = 0
-    """Connections that ended by a fault in the protocol's core."""
+    """Datagrams and timers at which the protocol's core failed; it ends that connection."""
 
 
 class QuicEndpoint:
@@ -162,17 +162,20 @@ class QuicEndpoint:
             await trio.lowlevel.wait_readable(self.udp.bound)
             now = trio.current_time()
             touched: dict[QuicLink, None] = {}
-            for _ in range(DATAGRAMS_A_TURN):
+            room = DATAGRAMS_A_TURN
+            while room > 0:
                 try:
                     datagrams, path = self.udp.receive()
                 except BlockingIOError:
                     break
                 except OSError:
                     self.statistics.receive_faults += 1
+                    room -= 1
                     continue
+                room -= len(datagrams)
                 for data in datagrams:
-                    link = self._link_of(data, path, now)
-                    if link is not None and self._give(link, data, path, now):
+                    link = self._take(data, path, now)
+                    if link is not None:
                         touched[link] = None
             for remote, number in self.udp.refusals():
                 self._refused(remote, number)
@@ -188,16 +191,17 @@ class QuicEndpoint:
             for link in [link for link in self._links if link.timer_at <= now]:
                 self._pump(link)
 
-    def _give(self, link: QuicLink, data: bytes, path: Path, now: float) -> bool:
-        """Let a connection take a datagram; tell whether it could."""
-        if link.connection.configuration.is_client:
-            path = Path(path.remote)  # it never said from which address it would send
+    def _take(self, data: bytes, path: Path, now: float) -> QuicLink | None:
+        """Give a datagram to whose it is; return that connection when it has something new."""
+        link = None
         try:
-            link.receive_datagram(data, path, now)
+            link = self._link_of(data, path, now)
+            if link is not None:
+                link.receive_datagram(data, path, now)
         except Exception:
             self._fault(link)
-            return False
-        return True
+            return None
+        return link
 
     def _pump(self, link: QuicLink) -> None:
         """Let a connection do what is due, and send what it has to say."""
@@ -258,7 +262,7 @@ class QuicEndpoint:
     def _follow(self, link: QuicLink) -> bool:
         """Take a connection's events; tell whether it is over."""
         over = False
-        while (event := link.connection.next_event()) is not None:
+        while link in self._links and (event := link.connection.next_event()) is not None:
             match event:
                 case ConnectionIdIssued(connection_id=connection_id):
                     self._links[link].add(connection_id)
@@ -289,16 +293,15 @@ class QuicEndpoint:
         if self._server is None and all(link.closed_why is not None for link in self._links):
             self.close()
 
-    def _fault(self, link: QuicLink) -> None:
+    def _fault(self, link: QuicLink | None) -> None:
         """End a connection whose core failed, whoever made it: no datagram ends the endpoint."""
         self.statistics.faults += 1
-        left_out = self._lines.admit(link.remote_address, trio.current_time())
+        left_out = self._lines.admit("any host:0", trio.current_time())
         if left_out is not None:
-            self._log.error(
-                "a QUIC connection failed", remote=link.remote_address, left_out=left_out, exc_info=True
-            )
-        self._remove(link)
-        link.drop("the protocol's core failed", CLOSED_AT_ONCE)
+            self._log.error("a QUIC datagram could not be taken", left_out=left_out, exc_info=True)
+        if link is not None:
+            self._remove(link)
+            link.drop("the protocol's core failed", CLOSED_AT_ONCE)
 
     def _end_dial(self, link: QuicLink, why: str) -> None:
         """End a dial to where nobody is. An open link bears that message: anybody can send it."""

@@ -24,6 +24,7 @@ from knode.transport.certificate import channel_binding
 from knode.transport.framing import PREFIX_BYTES, FrameReader, frame_prefix
 from knode.transport.link import LinkClosed, LinkFault, LinkStatistics
 from knode.transport.quic_connection import KEEPALIVE_SECONDS, STREAM, Connection
+from knode.transport.udp import Path
 
 CLOSE_SECONDS = 2
 UNSENT_BYTES = 64 * 1024
@@ -183,8 +184,10 @@ class QuicLink:
 
     # what the endpoint does
 
-    def receive_datagram(self, data: bytes, path: object, now: float) -> None:
+    def receive_datagram(self, data: bytes, path: Path, now: float) -> None:
         """Take a datagram of this connection."""
+        if self.connection.configuration.is_client:
+            path = Path(path.remote)  # it never said from which address it would send
         self.connection.receive_datagram(data, path, now)
         self._ping_at = now + KEEPALIVE_SECONDS
 
