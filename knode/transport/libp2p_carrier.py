@@ -77,10 +77,13 @@ class Libp2pListener:
         self._carrier = carrier
         self._accepting = trio.CancelScope()
         self._direct: list[str] = []
+        self._is_broken = False
 
     @property
     def addresses(self) -> list[str]:
         """The multiaddrs that others can dial now: straight to this machine, then through relays."""
+        if self._is_broken:
+            return []
         with suppress(OSError):  # closed, or no descriptor left to ask the system with: as they were
             self._direct = [
                 direct_address(host, port, self._carrier.node_id)
@@ -95,7 +98,13 @@ class Libp2pListener:
 
     async def serve(self, accept: Accept) -> None:
         """Accept links; see `Listener.serve`. After `aclose`, returns when the last connection is done."""
-        node = await self._carrier.start()
+        try:
+            node = await self._carrier.start()
+        except KnodeError as error:  # the node has other kinds of link
+            self._carrier.log.warning("no libp2p", why=str(error))
+            self._is_broken = True
+            await self.aclose()
+            return
         from knode.transport.libp2p_link import PROTOCOL, Libp2pLink
 
         host = node.host
@@ -149,7 +158,7 @@ class Libp2pCarrier:
         """Tells whether a node may have a place at the relay that this one is."""
         self._world = world
         self._key = key
-        self._log = log
+        self.log = log
         self._settings = settings
         self._node: Libp2pNode | None = None
         self._starting = trio.Lock()
@@ -165,13 +174,24 @@ class Libp2pCarrier:
         return self._node.host.counters["dropped"] if self._node is not None else 0
 
     async def start(self) -> Libp2pNode:
-        """Return this node among libp2p's peers, once libp2p is imported."""
+        """Return this node among libp2p's peers, once libp2p is imported.
+
+        Raises:
+            KnodeError: UNAVAILABLE, when it cannot be.
+        """
         async with self._starting:
             if self._node is None:
                 load = partial(importlib.import_module, "knode.transport.libp2p_node")
-                module = await trio.to_thread.run_sync(load)
+                try:
+                    module = await trio.to_thread.run_sync(load)
+                except ImportError as error:
+                    raise KnodeError(
+                        Code.UNAVAILABLE,
+                        f"libp2p cannot be imported ({error})",
+                        "install knode again with 'make setup', or switch discovery.libp2p off",
+                    ) from error
                 self._node = module.Libp2pNode(
-                    self._world, self._key, self._log, self._settings, lambda each: self.may_reserve(each)
+                    self._world, self._key, self.log, self._settings, lambda each: self.may_reserve(each)
                 )
         return self._node
 
@@ -189,7 +209,7 @@ class Libp2pCarrier:
         except KnodeError as error:
             if error.code is not Code.PORT_IN_USE:
                 raise
-            self._log.warning("libp2p listens on another port", why=str(error))
+            self.log.warning("libp2p listens on another port", why=str(error))
             bound = await bind_tcp(host, 0, setting=setting)
         return Libp2pListener(bound, self)
 

@@ -375,3 +375,19 @@ async def test_the_port_answers_before_libp2p_is_there(nursery: trio.Nursery) ->
         assert await stream.receive_some(1)
     await stream.aclose()
     await listener.aclose()
+
+
+async def test_without_libp2p_a_node_has_its_other_links(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "knode.transport.libp2p_node", None)  # as if it were not installed
+    peer = Peer("broken")
+    listener = await peer.carrier.listen("127.0.0.1", 0)
+    [address] = listener.addresses
+    with trio.fail_after(LIMIT_SECONDS):
+        await listener.serve(echo)
+    assert listener.addresses == []
+    assert peer.log.told[0][0] == "no libp2p"
+    with pytest.raises(KnodeError, match="cannot be imported") as raised:
+        await peer.carrier.dial(address)
+    assert raised.value.code is Code.UNAVAILABLE
