@@ -243,15 +243,18 @@ async def test_circuits_come_from_a_relay_that_was_asked_and_from_nobody_else(nu
 # places that are lost
 
 
-async def test_a_place_is_kept_for_as_long_as_the_node_runs(
+async def test_a_place_is_asked_for_again_well_before_it_ends(
     tenfold_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(libp2p_relay, "RESERVATION_SHORTEST_S", 2)
-    relay = await relay_of(nursery, RelayLimits(reservation_seconds=4))
+    monkeypatch.setattr(libp2p_relay, "RESERVATION_LONGEST_S", 2)
+    relay = await relay_of(nursery)
     hidden = await behind(relay, "hidden", nursery)
-    await trio.sleep(10)
+    places = relay.carrier._node.relay_server._places  # type: ignore[union-attr]
+    for _ in range(3):
+        ends_at = places[hidden.id].ends_at
+        await until(lambda ends_at=ends_at: places[hidden.id].ends_at > ends_at)
     link = await Peer("dialling").carrier.dial(hidden.carrier.relayed_addresses[0])
-    await echoed(link, b"after two and a half reservations")
+    await echoed(link, b"still there")
     await link.aclose()
 
 
