@@ -201,13 +201,12 @@ class QuicCarrier:
                     return endpoint, remote
                 if endpoint.udp.takes_both_versions and family == socket.AF_INET:
                     return endpoint, (f"::ffff:{remote[0]}", remote[1], 0, 0)
-        endpoint_or_none = self._dialling.get(family)
-        if endpoint_or_none is None or endpoint_or_none.is_closing:
+        if family not in self._dialling or self._dialling[family].is_closing:
             bound = socket.socket(family, socket.SOCK_DGRAM)
             bound.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", 0))
-            endpoint_or_none = self._dialling[family] = QuicEndpoint(UdpSocket(bound), self._log)
-            endpoint_or_none.start()
-        return endpoint_or_none, remote
+            self._dialling[family] = QuicEndpoint(UdpSocket(bound), self._log)
+            self._dialling[family].start()
+        return self._dialling[family], remote
 
 
 def _reaches(bound: str, remote: str) -> bool:

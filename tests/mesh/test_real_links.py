@@ -1,4 +1,4 @@
-"""Nodes on WebSocket links over loopback, and a man in the middle who ends TLS between them."""
+"""Nodes on WebSocket and QUIC links over loopback, and a man in the middle who ends TLS between them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,33 @@ from knode.klp.handshake import Hello, WelcomeBody
 from knode.klp.messages import Response
 from knode.transport import Link, LinkClosed
 from knode.transport.certificate import make_certificate
+from knode.transport.quic import QuicCarrier
+from knode.transport.quic_link import QuicLink
 from knode.transport.websocket import WebSocketCarrier
 from knode.world.real import RealClock
 
 Edit = Callable[[bytes], bytes]
+Kinds = type[WebSocketCarrier] | type[QuicCarrier]
 DATA = bytes(range(256)) * 4096
 
 
+@pytest.fixture(params=["websocket", "quic"])
+def link_kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
-async def two(tmp_path: Path, certificate: Path, nursery: trio.Nursery) -> tuple[MeshNode, MeshNode]:
+def carrier_of(link_kind: str) -> Kinds:
+    return {"websocket": WebSocketCarrier, "quic": QuicCarrier}[link_kind]
+
+
+@pytest.fixture
+async def two(
+    tmp_path: Path, certificate: Path, nursery: trio.Nursery, link_kind: str, carrier_of: Kinds
+) -> tuple[MeshNode, MeshNode]:
     """The founder of a cell, and a node that belongs to none."""
     a, b = (
-        MeshNode(
-            name, tmp_path, {"websocket": WebSocketCarrier(certificate, RecordingLog())}, host="127.0.0.1"
-        )
+        MeshNode(name, tmp_path, {link_kind: carrier_of(certificate, RecordingLog())}, host="127.0.0.1")
         for name in ("a", "b")
     )
     await a.found()
@@ -46,8 +59,8 @@ async def two(tmp_path: Path, certificate: Path, nursery: trio.Nursery) -> tuple
 class ManInTheMiddle:
     """Ends TLS on both sides and passes frames on, edited as the test wants."""
 
-    def __init__(self, certificate: Path, target: MeshNode) -> None:
-        self._carrier = WebSocketCarrier(certificate, RecordingLog())
+    def __init__(self, carrier: WebSocketCarrier | QuicCarrier, target: MeshNode) -> None:
+        self._carrier = carrier
         self._target = target.address
         self.to_target: Edit = lambda frame: frame
         self.from_target: Edit = lambda frame: frame
@@ -82,7 +95,7 @@ async def own_certificate(tmp_path: Path) -> Path:
     return path
 
 
-async def test_a_node_joins_and_asks_over_real_links(two: tuple[MeshNode, MeshNode]) -> None:
+async def test_a_node_joins_and_asks_over_real_links(two: tuple[MeshNode, MeshNode], link_kind: str) -> None:
     a, b = two
     welcome = await b.join(await a.invite())
     assert a.membership.invitations.words()[b.key.public.raw] == welcome.words
@@ -90,7 +103,7 @@ async def test_a_node_joins_and_asks_over_real_links(two: tuple[MeshNode, MeshNo
     await b.connected(a)
     assert await b.ask(a, "test.echo", "hello") == "hello"
     assert await a.ask(b, "test.echo", "hello") == "hello"
-    assert a.conversation(b).link.carrier == "websocket"
+    assert a.conversation(b).link.carrier == link_kind
 
 
 async def test_a_mebibyte_comes_with_a_request_over_real_links(two: tuple[MeshNode, MeshNode]) -> None:
@@ -119,7 +132,10 @@ async def test_a_request_survives_a_broken_real_link(two: tuple[MeshNode, MeshNo
         while not a.ran:  # noqa: ASYNC110
             await trio.sleep(0.01)
         lost = b.conversation(a)
-        lost.link._stream.close()  # type: ignore[attr-defined]
+        if isinstance(lost.link, QuicLink):
+            lost.link.drop("the test cut it", 1)
+        else:
+            lost.link._stream.close()  # type: ignore[attr-defined]
         await lost.ended.wait()
         await b.connected(a)
         a.release.set()
@@ -128,10 +144,10 @@ async def test_a_request_survives_a_broken_real_link(two: tuple[MeshNode, MeshNo
 
 
 async def test_a_man_in_the_middle_with_his_own_certificate_is_noticed(
-    two: tuple[MeshNode, MeshNode], own_certificate: Path, nursery: trio.Nursery
+    two: tuple[MeshNode, MeshNode], own_certificate: Path, nursery: trio.Nursery, carrier_of: Kinds
 ) -> None:
     a, b = two
-    mallory = ManInTheMiddle(own_certificate, a)
+    mallory = ManInTheMiddle(carrier_of(own_certificate, RecordingLog()), a)
     await mallory.start(nursery)
     ticket = msgspec.structs.replace(await a.invite(), addresses=(mallory.address,))
     error = await refused(Code.CHANNEL_MISMATCH, b.join, ticket)
@@ -145,28 +161,28 @@ async def test_a_man_in_the_middle_with_his_own_certificate_is_noticed(
 
 
 async def test_a_member_is_not_reached_through_a_man_in_the_middle(
-    two: tuple[MeshNode, MeshNode], own_certificate: Path, nursery: trio.Nursery
+    two: tuple[MeshNode, MeshNode], own_certificate: Path, nursery: trio.Nursery, carrier_of: Kinds
 ) -> None:
     a, b = two
     await b.join(await a.invite())
-    mallory = ManInTheMiddle(own_certificate, a)
+    mallory = ManInTheMiddle(carrier_of(own_certificate, RecordingLog()), a)
     await mallory.start(nursery)
-    link = await WebSocketCarrier(own_certificate, RecordingLog()).dial(mallory.address)
+    link = await carrier_of(own_certificate, RecordingLog()).dial(mallory.address)
     await refused(Code.CHANNEL_MISMATCH, b.peers.handshakes.with_member, link, a.key.public)
     assert a.peers.refusals[Code.CHANNEL_MISMATCH] == 1
 
 
 @pytest.fixture
 async def thief(
-    two: tuple[MeshNode, MeshNode], certificate: Path, nursery: trio.Nursery
+    two: tuple[MeshNode, MeshNode], certificate: Path, nursery: trio.Nursery, carrier_of: Kinds
 ) -> tuple[ManInTheMiddle, Stranger, MeshNode]:
     """A man in the middle who stole the certificate's key, and a member who speaks through him."""
     a, b = two
     await b.join(await a.invite())
     await b.stop()
-    man = ManInTheMiddle(certificate, a)
+    man = ManInTheMiddle(carrier_of(certificate, RecordingLog()), a)
     await man.start(nursery)
-    member = Stranger(WebSocketCarrier(certificate, RecordingLog()), b.key)
+    member = Stranger(carrier_of(certificate, RecordingLog()), b.key)
     return man, member, a
 
 
