@@ -26,7 +26,7 @@ from knode.home.logging import OpenLog, log_to
 from knode.identity import KeyPair
 from knode.identity.keystore import create_key, load_key
 from knode.mesh.membership import Membership
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 from knode.node import Machine, Node
 from knode.node.node import open_database
 from knode.simulation.disk import SimulatedDisk

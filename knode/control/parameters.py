@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from knode.home.configuration import NodeId
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 
 LOG_LINES_READ = 1000
 """The most that one call may ask for."""

@@ -25,6 +25,7 @@ class Domain(StrEnum):
     MEMBER = "member"
     NODE = "node"
     MANIFEST = "manifest"
+    ROTATE = "rotate"
 
 
 _PREFIXES = {domain: b"KLP/1/" + domain.encode() + b"\0" for domain in Domain}

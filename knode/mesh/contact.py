@@ -10,7 +10,7 @@ import msgspec
 from knode.identity import KeyPair, PublicKey
 from knode.klp.codec import Decoder, encode
 from knode.klp.objects import Domain, open_signed, sign
-from knode.mesh.roster import Key, Milliseconds
+from knode.mesh.statements import Key, Milliseconds
 from knode.mesh.ticket import Address
 
 MAX_ADDRESSES = 16

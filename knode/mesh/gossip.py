@@ -1,7 +1,8 @@
 """How members come to the same roster and know each other's addresses.
 
 When a conversation opens, both ends have told the digest of their roster in the handshake. If they
-differ, each pulls what it lacks before it answers anything else, so a revocation arrives first. Later
+differ, each pulls what it lacks before it answers anything else, so a revocation arrives first. A node that
+was alone first hears everybody whom it can reach: it may be the revoked one who finds it first. Later
 news is pushed to everyone who is here, and passed on by whoever did not know it yet. News that cannot be
 taken in ends the session that brought it, so that the next handshake repairs what is missing.
 """
@@ -27,7 +28,18 @@ from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peer import Peer
 from knode.mesh.peers import Peers
-from knode.mesh.roster import MAX_STATEMENTS, Revoke, Roster, SignedStatement, StatementId, open_statement
+from knode.mesh.roster import MAX_STATEMENTS, Roster
+from knode.mesh.statements import (
+    Add,
+    Genesis,
+    Recover,
+    Revoke,
+    Rotate,
+    SetRole,
+    SignedStatement,
+    StatementId,
+    open_statement,
+)
 from knode.world import Log, Monotonic, World
 
 PULL_S = 10.0
@@ -37,6 +49,10 @@ QUEUE = 256
 QUEUE_OF_A_PEER = 64
 DISK_AGAIN_S = 5.0
 """How long news waits before a full disk is asked again."""
+ALONE_S = 10.0
+"""For how long a node must have had no peer to have been alone; one that starts was."""
+SETTLE_S = 2.0
+"""How long a node that was alone waits at most for the others' rosters before it answers anybody."""
 STATEMENTS_TOPIC = "roster.statements"
 CONTACTS_TOPIC = "roster.contacts"
 
@@ -81,6 +97,13 @@ class Gossip:
         self._send_work, self._work = trio.open_memory_channel[tuple[PublicKey, str, bytes]](QUEUE)
         self._waiting: Counter[bytes] = Counter()
         """How many events of each peer wait, by its raw key."""
+        self._here = 0
+        """How many conversations with members are open."""
+        self._alone_since = Monotonic(float("-inf"))
+        self._settles_until = Monotonic(float("-inf"))
+        self._compared: set[bytes] = set()
+        """Raw keys of those whose roster was compared with this node's since it was alone."""
+        self._one_more_compared = trio.Event()
         self._opened, self._openings = trio.open_memory_channel[tuple[Peer, Conversation]](QUEUE)
         methods.add("roster.pull", Pull, self._answer_pull, before_sync=True)
         for topic in (STATEMENTS_TOPIC, CONTACTS_TOPIC):
@@ -123,15 +146,19 @@ class Gossip:
 
     async def _synchronise_while_open(self, peer: Peer, conversation: Conversation) -> None:
         """Leave the peer's later conversations to themselves: each has its own digest."""
-        async with trio.open_nursery() as nursery:
-
-            async def synchronise() -> None:
-                await self._synchronise(peer, conversation)
+        clock = self._world.clock
+        if self._here == 0 and clock.monotonic() - self._alone_since > ALONE_S:
+            self._settles_until = Monotonic(clock.monotonic() + SETTLE_S)
+            self._compared.clear()
+        self._here += 1
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._synchronise, peer, conversation)
+                await conversation.ended.wait()
                 nursery.cancel_scope.cancel()
-
-            nursery.start_soon(synchronise)
-            await conversation.ended.wait()
-            nursery.cancel_scope.cancel()
+        finally:
+            self._here -= 1
+            self._alone_since = clock.monotonic()
 
     async def _synchronise(self, peer: Peer, conversation: Conversation) -> None:
         try:
@@ -151,10 +178,22 @@ class Gossip:
             contacts = [c.data for _, c in sorted(self._membership.contacts.items())]
             for body in _packed(contacts):
                 conversation.send_or_close(Event(CONTACTS_TOPIC, Context(), body))
+            await self._settle(peer)
             conversation.synchronised.set()
         except KnodeError as error:
             self._log.warning("roster not synchronised", peer=peer.node_id, why=str(error))
             conversation.refuse(KnodeError(error.code, f"its roster could not be had: {error.message}"))
+
+    async def _settle(self, peer: Peer) -> None:
+        """Wait until everybody who can be reached in time has told its roster."""
+        self._compared.add(peer.key.raw)
+        self._one_more_compared.set()
+        self._one_more_compared = trio.Event()
+        while any(other.key.raw not in self._compared for other in self._peers.members()):
+            with trio.move_on_at(self._settles_until) as too_late:
+                await self._one_more_compared.wait()
+            if too_late.cancelled_caught:
+                return
 
     async def _answer_pull(self, call: Call, pull: Pull) -> Pulled:
         have, roster = set(pull.have), self._membership.roster
@@ -181,7 +220,7 @@ class Gossip:
                 newer = await self._membership.add_contacts(await _opened(open_contact, data))
                 self.push_contacts(newer, but=key)
                 for contact in newer:
-                    self._peers.dial_now(PublicKey(contact.body.key))
+                    self._peers.dial_now(self._membership.roster.holders[contact.body.key].key)
         except KnodeError as error:
             self._log.warning("roster news not taken", peer=key.node_id, why=str(error))
             return error.code not in (Code.DISK_FULL, Code.DISK_READ_ONLY)
@@ -199,15 +238,29 @@ class Gossip:
 
 
 def telling_order(roster: Roster) -> list[SignedStatement]:
-    """Return the statements such that revocations come first, and what an admin signed after the rest.
+    """Return the statements such that what ends a right comes first, and each after what it rests on.
 
-    An admin's statements count only where the owner's are known, and one message may not hold all.
+    An admin's statements count only where the owner's, and the admin's own rotations, are known, and one
+    message may not hold all.
     """
-    trusted = (roster.owner.raw, roster.recovery.raw)
-    return sorted(
-        roster.statements.values(),
-        key=lambda s: (s.id != roster.cell_id, not isinstance(s.body, Revoke), s.body.signer not in trusted),
-    )
+    bodies = [statement.body for statement in roster.statements.values()]
+    of_owner = {known.member for b in bodies if isinstance(b, Recover) for known in b.members}
+    of_owner |= {b.member for b in bodies if isinstance(b, Add | SetRole) and b.signer == roster.owner.raw}
+
+    def turn(statement: SignedStatement) -> int:
+        match statement.body:
+            case Genesis():
+                return 0
+            case Recover():
+                return 1
+            case Revoke():
+                return 2
+            case Rotate(member=member):
+                return 4 if member in of_owner else 6
+            case Add(signer=signer) | SetRole(signer=signer):
+                return 3 if signer == roster.owner.raw else 5
+
+    return sorted(roster.statements.values(), key=turn)
 
 
 async def _opened(open_one: Callable[[bytes], T], data: tuple[bytes, ...]) -> list[T]:

@@ -12,7 +12,7 @@ import apsw
 import trio
 
 from knode.errors import Code, KnodeError
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 from knode.mesh.ticket import LIFETIME_MS
 from knode.storage import Database
 from knode.world import Clock

@@ -19,16 +19,8 @@ from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peer import Peer
 from knode.mesh.peers import Peers
-from knode.mesh.roster import (
-    MAX_STATEMENTS,
-    Add,
-    Genesis,
-    Member,
-    Revoke,
-    SetRole,
-    SignedStatement,
-    open_statement,
-)
+from knode.mesh.roster import MAX_STATEMENTS, Member
+from knode.mesh.statements import Add, Genesis, Recover, Revoke, SetRole, SignedStatement, open_statement
 from knode.mesh.ticket import Ticket
 from knode.mesh.ways import Way
 from knode.mesh.words import four_words
@@ -172,12 +164,15 @@ class Joining:
         roster, contacts = self._membership.roster, self._membership.contacts
         grants = [s.body for s in roster.statements.values() if isinstance(s.body, Add | SetRole)]
         # Who does not know this node for a member neither dials it nor lets it in: nothing would be pulled.
-        both = {member, self._membership.key.public.raw}
-        needed = both | {body.signer for body in grants if body.member in both}
+        both = {member, self._membership.own.id.raw}
+        signers = {body.signer for body in grants if body.member in both} & set(roster.holders)
+        needed = both | {roster.holders[signer].id.raw for signer in signers}
 
         def is_needed(statement: SignedStatement) -> bool:
             body = statement.body
-            return isinstance(body, Genesis) or (not isinstance(body, Revoke) and body.member in needed)
+            return isinstance(body, Genesis | Recover) or (
+                not isinstance(body, Revoke) and body.member in needed
+            )
 
         order = sorted(telling_order(roster), key=is_needed, reverse=True)
         statements = fitting([s.data for s in order])

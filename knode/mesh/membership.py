@@ -5,7 +5,7 @@ Each change is durable before it is told to anyone. Nothing here touches a link.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,18 +18,21 @@ from knode.klp.handshake import Established, Hello
 from knode.mesh.contact import SignedContact, open_contact
 from knode.mesh.invitations import SCHEMA as TICKET_SCHEMA
 from knode.mesh.invitations import Invitations
-from knode.mesh.roster import (
-    MAX_STATEMENTS,
+from knode.mesh.roster import MAX_STATEMENTS, Member, Roster, resolve
+from knode.mesh.rotations import MAX_ROTATIONS
+from knode.mesh.statements import (
+    MAX_RECOVERED_MEMBERS,
+    MAX_RECOVERED_REVOKED,
     Add,
     Genesis,
-    Member,
+    Known,
+    Recover,
     Revoke,
     Role,
-    Roster,
     SetRole,
     SignedStatement,
     open_statement,
-    resolve,
+    sign_rotation,
     sign_statement,
 )
 from knode.mesh.ticket import MAX_ADDRESSES, SECRET_BYTES, VERSION, Ticket
@@ -37,7 +40,11 @@ from knode.mesh.ways import fitting
 from knode.storage import Database
 from knode.world import World
 
-SCHEMA = (
+MAX_STATEMENTS_OF_OTHERS = 3072
+"""Of all but the owner and the recovery key, who always have room for the last word."""
+ASK_OWNER = "run it on the owner's node: where 'knode init' or, later, 'knode member recover' was run"
+
+_TABLES = (
     """
 CREATE TABLE cell (id BLOB NOT NULL);
 CREATE TABLE statement (id BLOB PRIMARY KEY, data BLOB NOT NULL) WITHOUT ROWID;
@@ -45,6 +52,11 @@ CREATE TABLE contact (key BLOB PRIMARY KEY, issued INTEGER NOT NULL, data BLOB N
 """
     + TICKET_SCHEMA
 )
+_SEEN = """
+-- Wall time in milliseconds at which this node first heard of it; nobody can backdate that. 0: not known.
+ALTER TABLE statement ADD COLUMN seen INTEGER NOT NULL DEFAULT 0;
+"""
+MIGRATIONS = (_TABLES, _SEEN)
 
 
 class Membership:
@@ -61,6 +73,7 @@ class Membership:
         self._world = world
         self._database = database
         self._roster: Roster | None = None
+        self._seen: dict[bytes, int] = {}
         self._change = trio.Lock()
         self._next_change = trio.Event()
 
@@ -70,15 +83,17 @@ class Membership:
         def read(connection: apsw.Connection) -> tuple[list[Any], ...]:
             queries = (
                 "SELECT id FROM cell",
-                "SELECT data FROM statement ORDER BY id",
+                "SELECT data, seen FROM statement ORDER BY id",
                 "SELECT data FROM contact ORDER BY key",
             )
             return tuple(connection.execute(query).fetchall() for query in queries)
 
         cells, statements, contacts = await self._database.read(read)
         for [cell_id] in cells:
-            self._roster = resolve(cell_id, [open_statement(data) for [data] in statements])
-        self.contacts = {c.body.key: c for c in (open_contact(data) for [data] in contacts)}
+            opened = [(open_statement(data), seen) for data, seen in statements]
+            self._roster = resolve(cell_id, [statement for statement, _ in opened])
+            self._seen = {statement.id: seen for statement, seen in opened}
+            self.contacts = _newest([open_contact(data) for [data] in contacts], self._roster, {})
         await self.invitations.load()
 
     @property
@@ -138,7 +153,6 @@ class Membership:
 
             def write(connection: apsw.Connection) -> None:
                 connection.execute("INSERT INTO cell VALUES (?)", (cell_id,))
-                _keep_contacts(connection, known)
 
             await self._become(roster, known, write)
 
@@ -150,19 +164,16 @@ class Membership:
                 DISK_FULL, DISK_READ_ONLY; then nothing has changed.
         """
         async with self._change:
-            known = self.roster.statements
-            roster = resolve(self.roster.cell_id, [*known.values(), *statements])
-            if roster.digest == self.roster.digest:
-                return []
-            return await self._become(roster, self.contacts)
+            return await self._merge(statements)
 
     async def add_contacts(self, contacts: Iterable[SignedContact]) -> list[SignedContact]:
         """Keep the contacts of members that are newer than ours; return those."""
         async with self._change:
             newer = _newest(contacts, self.roster, self.contacts)
             if newer:
-                await self._database.write(lambda connection: _keep_contacts(connection, newer))
-                self.contacts = {**self.contacts, **newer}
+                before, after = self.contacts, {**self.contacts, **newer}
+                await self._database.write(lambda connection: _keep_contacts(connection, before, after))
+                self.contacts = after
         return list(newer.values())
 
     async def issue_ticket(self, role: Role, addresses: tuple[str, ...]) -> tuple[Ticket, int]:
@@ -201,7 +212,7 @@ class Membership:
             def write(connection: apsw.Connection) -> None:
                 self.invitations.write_used(connection, public_key, used)
 
-            if joiner.raw in roster.revoked:
+            if joiner.raw in roster.revoked or joiner.raw in roster.replaced:
                 raise KnodeError(Code.KEY_REVOKED, "this node was revoked", "make a new home on that machine")
             if joiner.raw in roster.members:
                 await self._database.write(write)
@@ -226,47 +237,149 @@ class Membership:
         Raises:
             KnodeError: NOT_ALLOWED when this node may not.
         """
-        signer, roster = self._signer("change a role", role), self.roster
-        if member.role is Role.ADMIN and signer.public != roster.owner:
-            raise KnodeError(
-                Code.NOT_ALLOWED, "only the owner changes an admin's role", "run it on the owner's node"
+        async with self._change:
+            signer, roster = self._signer("change a role", role), self.roster
+            if member.role is Role.ADMIN and signer.public != roster.owner:
+                raise KnodeError(Code.NOT_ALLOWED, "only the owner changes an admin's role", ASK_OWNER)
+            body = SetRole(
+                signer.public.raw,
+                roster.era,
+                member.id.raw,
+                role,
+                roster.in_force_by(member),
+                self._issued(member),
             )
-        body = SetRole(
-            signer.public.raw,
-            roster.cell_id,
-            member.key.raw,
-            role,
-            roster.in_force_by(member.key.raw),
-            roster.next_issue_time(member.key.raw, self._world.clock.wall()),
-        )
-        await self.add([sign_statement(signer, body)])
-        return self.roster.admit(member.key.raw)
+            await self._merge([sign_statement(signer, body)])
+            return self.roster.admit(member.key.raw)
 
-    async def revoke(self, member: Member) -> None:
-        """Revoke a member for ever. What it signed as an admin until now stays valid.
+    async def revoke(self, member: Member, *, undo_since: int | None = None) -> None:
+        """Revoke a member for ever.
+
+        Args:
+            member: a contested one too.
+            undo_since: wall time in milliseconds; of what the member signed as an admin, only what was in
+                force here then stays valid. None: what is in force now.
 
         Raises:
-            KnodeError: NOT_ALLOWED without the owner's key, or for this node itself.
+            KnodeError: NOT_ALLOWED without the owner's key, or for this node itself; INVALID_ARGUMENT when
+                this node was no member at `undo_since`.
         """
-        roster = self.roster
-        if self._owner_key is None:
-            raise KnodeError(
-                Code.NOT_ALLOWED, "only the cell's owner revokes members", "run it where 'knode init' was run"
+        async with self._change:
+            owner, roster = self._present_owner_key, self.roster
+            if owner is None:
+                raise KnodeError(Code.NOT_ALLOWED, "only the cell's owner revokes members", ASK_OWNER)
+            if self.key.public in member.keys:
+                raise KnodeError(
+                    Code.NOT_ALLOWED,
+                    "the owner's own node cannot revoke itself",
+                    "'knode member list' shows the others; for a stolen owner key: 'knode member recover'",
+                )
+            kept = self._roster_at(undo_since).in_force_by(member)
+            body = Revoke(owner.public.raw, roster.era, member.id.raw, kept, self._issued(member))
+            await self._merge([sign_statement(owner, body)])
+
+    async def rotate(self, new: KeyPair) -> None:
+        """Say that this node has the key `new` from now on: who hears of it closes its sessions.
+
+        This object keeps the present key; the node must be opened again with the other.
+
+        Raises:
+            KnodeError: KEY_REVOKED or UNKNOWN_PEER when this node is no member, RATE_LIMITED when it has
+                rotated too often.
+        """
+        async with self._change:
+            own, roster = self.own, self.roster
+            if len(own.keys) > MAX_ROTATIONS:
+                raise KnodeError(
+                    Code.RATE_LIMITED,
+                    f"a member changes its key at most {MAX_ROTATIONS} times",
+                    "let the owner revoke this node, and join with a new home",
+                )
+            kept, issued = roster.in_force_by(own), self._issued(own)
+            await self._merge(
+                [sign_rotation(self.key, new, era=roster.era, member=own.id.raw, kept=kept, issued=issued)]
             )
-        if member.key == self.key.public:
+
+    async def recover(
+        self,
+        recovery: KeyPair,
+        owner: KeyPair,
+        *,
+        lost: Collection[Member] = (),
+        undo_since: int | None = None,
+    ) -> None:
+        """Begin an era, in which `owner` owns the cell in place of whoever did.
+
+        Args:
+            recovery: the cell's recovery key.
+            owner: a key that was made for this, and that this node holds from now on.
+            lost: members that are revoked in the same step, for ever.
+            undo_since: wall time in milliseconds; the era begins with the members and revoked keys of
+                then, as this node knew them. None: with those of now.
+
+        Raises:
+            KnodeError: NOT_ALLOWED for another recovery key, or when this node is among `lost`;
+                INVALID_ARGUMENT when this node was no member at `undo_since`; RATE_LIMITED when the cell
+                has more members or revoked keys than an era can begin with; or as `add`.
+        """
+        async with self._change:
+            own, roster = self.own, self.roster
+            if recovery.public != roster.recovery:
+                raise KnodeError(
+                    Code.NOT_ALLOWED,
+                    "this is not the recovery key of this cell",
+                    "give the one that 'knode init' showed when the cell was founded",
+                )
+            if own in lost:
+                raise KnodeError(
+                    Code.NOT_ALLOWED,
+                    "the node on which the cell is recovered stays in it",
+                    "run it on another member",
+                )
+            era = sign_statement(recovery, self._recovered(owner.public, lost, self._roster_at(undo_since)))
+            # An era that somebody begins elsewhere, not knowing of this one, must not bring them back.
+            revokes = [Revoke(recovery.public.raw, era.id, m.id.raw, (), self._issued(m)) for m in lost]
+            await self._merge([era, *(sign_statement(recovery, body) for body in revokes)])
+            self._owner_key = owner
+
+    def _recovered(self, owner: PublicKey, lost: Collection[Member], then: Roster) -> Recover:
+        members = [m for m in then.members.values() if m.id not in {gone.id for gone in lost}]
+        gone = {key.raw for m in (*lost, *then.contested.values()) for key in m.keys}
+        revoked = tuple(sorted({*then.revoked, *gone}))
+        if len(members) > MAX_RECOVERED_MEMBERS or len(revoked) > MAX_RECOVERED_REVOKED:
             raise KnodeError(
-                Code.NOT_ALLOWED,
-                "the owner's own node cannot revoke itself",
-                "'knode member list' shows the others",
+                Code.RATE_LIMITED,
+                f"an era begins with at most {MAX_RECOVERED_MEMBERS} members and "
+                f"{MAX_RECOVERED_REVOKED} revoked keys",
+                "found a new cell: 'knode init'",
             )
-        body = Revoke(
-            self._owner_key.public.raw,
-            roster.cell_id,
-            member.key.raw,
-            roster.in_force_by(member.key.raw),
-            roster.next_issue_time(member.key.raw, self._world.clock.wall()),
+        return Recover(
+            self.roster.recovery.raw,
+            self.roster.cell_id,
+            owner.raw,
+            tuple(Known(m.id.raw, m.name, m.role, m.joined) for m in members),
+            revoked,
+            self.roster.next_era_time(self._world.clock.wall()),
         )
-        await self.add([sign_statement(self._owner_key, body)])
+
+    def _roster_at(self, moment: int | None) -> Roster:
+        """Return the roster as this node knew it at a wall time in milliseconds; None: now."""
+        roster = self.roster
+        if moment is None:
+            return roster
+        heard = {i: s for i, s in roster.statements.items() if self._seen[i] < moment}
+        if roster.cell_id in heard:
+            then = resolve(roster.cell_id, heard.values())
+            if self.own.id in {member.id for member in then.members.values()}:
+                return then
+        raise KnodeError(
+            Code.INVALID_ARGUMENT,
+            "this node was no member of the cell at that time",
+            "give a later time, or run it on a node that has been a member for longer",
+        )
+
+    def _issued(self, member: Member) -> int:
+        return self.roster.next_issue_time(member.id.raw, self._world.clock.wall())
 
     def admit(self, peer: Hello | Established) -> None:
         """Check that whoever holds this key may speak at all: the gate before any signature.
@@ -282,10 +395,32 @@ class Membership:
         else:
             self.roster.admit(raw_key)
 
+    async def _merge(self, statements: Iterable[SignedStatement]) -> list[SignedStatement]:
+        """Merge statements, as `add`; the caller holds `_change`."""
+        known, given = self.roster.statements, list(statements)
+        roster = resolve(self.roster.cell_id, [*known.values(), *given])
+        if roster.digest == self.roster.digest:
+            return []
+        try:
+            return await self._become(roster, self.contacts)
+        except KnodeError as error:
+            last_words = (roster.owner.raw, roster.recovery.raw)
+            urgent = [s for s in given if s.body.signer in last_words]
+            if error.code is Code.RATE_LIMITED and urgent:
+                # What everybody else said must not keep them from being heard.
+                await self._become(resolve(roster.cell_id, [*known.values(), *urgent]), self.contacts)
+            raise
+
+    @property
+    def _present_owner_key(self) -> KeyPair | None:
+        """The owner's key, when this node has it and no recovery has replaced it."""
+        owner = self._owner_key
+        return owner if owner is not None and owner.public == self.roster.owner else None
+
     def _signer(self, what: str, role: Role) -> KeyPair:
         """Return the key with which this node may make someone a member with `role`."""
-        if self._owner_key is not None and self._owner_key.public == self.roster.owner:
-            return self._owner_key
+        if self._present_owner_key is not None:
+            return self._present_owner_key
         if not self.roster.may_sign_members(self.key.public):
             admins = [m.name for m in self.roster.members.values() if m.role is Role.ADMIN]
             raise KnodeError(
@@ -294,15 +429,13 @@ class Membership:
                 f"run it on {' or '.join(admins) or 'the owner'}",
             )
         if role is Role.ADMIN:
-            raise KnodeError(
-                Code.NOT_ALLOWED, "only the owner makes admins", "run it where 'knode init' was run"
-            )
+            raise KnodeError(Code.NOT_ALLOWED, "only the owner makes admins", ASK_OWNER)
         return self.key
 
     def _sign_add(self, member: bytes, name: str, role: Role) -> SignedStatement:
         signer, roster = self._signer("add a member", role), self.roster
         issued = roster.next_issue_time(member, self._world.clock.wall())
-        add = Add(signer.public.raw, roster.cell_id, member, roster.free_name(name), role, issued)
+        add = Add(signer.public.raw, roster.era, member, roster.free_name(name), role, issued)
         return sign_statement(signer, add)
 
     async def _become(
@@ -317,29 +450,30 @@ class Membership:
 
         Args:
             roster: what follows from the present one.
-            contacts: those of its members that stay are kept.
+            contacts: the newest of each of its members are kept.
             also: runs in the same transaction.
 
         Returns:
             The statements that are new.
         """
         known = self._roster.statements if self._roster is not None else {}
-        if len(roster.statements) > max(MAX_STATEMENTS, len(known)):
-            raise KnodeError(Code.RATE_LIMITED, f"a roster holds at most {MAX_STATEMENTS} statements")
+        _check_room(roster, known)
+        now = self._world.clock.wall()
         new = [s for i, s in roster.statements.items() if i not in known]
-        rows = [(s.id, s.data) for s in new]
+        rows = [(s.id, s.data, now) for s in new]
         void = [(i,) for i in known if i not in roster.statements]
-        gone = [(key,) for key in self.contacts if key not in roster.members]
+        before, after = self.contacts, _newest(contacts.values(), roster, {})
 
         def write(connection: apsw.Connection) -> None:
-            connection.executemany("INSERT OR IGNORE INTO statement VALUES (?, ?)", rows)
+            connection.executemany("INSERT OR IGNORE INTO statement (id, data, seen) VALUES (?, ?, ?)", rows)
             connection.executemany("DELETE FROM statement WHERE id = ?", void)
-            connection.executemany("DELETE FROM contact WHERE key = ?", gone)
+            _keep_contacts(connection, before, after)
             also(connection)
 
         await self._database.write(write)
         self._roster = roster
-        self.contacts = {key: c for key, c in contacts.items() if key in roster.members}
+        self._seen = {i: self._seen.get(i, now) for i in roster.statements}
+        self.contacts = after
         for tell in self.changed:
             tell(new)
         self._next_change.set()
@@ -347,18 +481,51 @@ class Membership:
         return new
 
 
+def _check_room(roster: Roster, known: Mapping[bytes, SignedStatement]) -> None:
+    """Check that a roster, in which `known` came before, is within its limits or does not grow over them."""
+    last_words = (roster.owner.raw, roster.recovery.raw)
+
+    def of_others(statements: Mapping[bytes, SignedStatement]) -> int:
+        return sum(s.body.signer not in last_words for s in statements.values())
+
+    if len(roster.statements) > max(MAX_STATEMENTS, len(known)) or of_others(roster.statements) > max(
+        MAX_STATEMENTS_OF_OTHERS, of_others(known)
+    ):
+        raise KnodeError(
+            Code.RATE_LIMITED,
+            f"a roster holds at most {MAX_STATEMENTS} statements, {MAX_STATEMENTS_OF_OTHERS} of other keys "
+            "than the owner's",
+            "revoke the admin who signed so many: 'knode member revoke NODE'",
+        )
+
+
 def _newest(
     contacts: Iterable[SignedContact], roster: Roster, known: Mapping[bytes, SignedContact]
 ) -> dict[bytes, SignedContact]:
-    """Return, for each member, the newest of `contacts` that is newer than what is known."""
+    """Return, by each member's present key, the newest of `contacts` that is newer than what is known.
+
+    A member's earlier keys may speak of it until the present one does: only they told where it is.
+    """
     newest: dict[bytes, SignedContact] = {}
-    for contact in sorted(contacts, key=lambda c: c.body.issued):
-        key = contact.body.key
-        if key in roster.members and (key not in known or contact.body.issued > known[key].body.issued):
-            newest[key] = contact
+
+    def age(contact: SignedContact, member: Member) -> tuple[int, int]:
+        return [key.raw for key in member.keys].index(contact.body.key), contact.body.issued
+
+    for contact in contacts:
+        member = roster.holders.get(contact.body.key)
+        if member is not None:
+            best = newest.get(member.key.raw, known.get(member.key.raw))
+            if best is None or age(contact, member) > age(best, member):
+                newest[member.key.raw] = contact
     return newest
 
 
-def _keep_contacts(connection: apsw.Connection, contacts: Mapping[bytes, SignedContact]) -> None:
-    rows = [(key, c.body.issued, c.data) for key, c in contacts.items()]
+def _keep_contacts(
+    connection: apsw.Connection, before: Mapping[bytes, SignedContact], after: Mapping[bytes, SignedContact]
+) -> None:
+    kept = {contact.body.key: contact for contact in after.values()}
+    gone = [(contact.body.key,) for contact in before.values() if contact.body.key not in kept]
+    connection.executemany("DELETE FROM contact WHERE key = ?", gone)
+    known = set(before.values())
+    rows = [(key, c.body.issued, c.data) for key, c in kept.items() if c not in known]
     connection.executemany("INSERT OR REPLACE INTO contact VALUES (?, ?, ?)", rows)

@@ -13,7 +13,7 @@ from knode.identity import PublicKey
 from knode.klp.codec import Decoder
 from knode.klp.messages import Context
 from knode.mesh.conversation import IncomingStream
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 from knode.world import Monotonic
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peer import Peer
 from knode.mesh.peers import Peers
-from knode.mesh.roster import Milliseconds
+from knode.mesh.statements import Milliseconds
 from knode.mesh.ticket import Address
 from knode.mesh.ways import Way
 from knode.world import Monotonic, World

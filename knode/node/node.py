@@ -22,13 +22,12 @@ from knode.mesh.discovery import Announcer, Discovery
 from knode.mesh.gossip import Gossip
 from knode.mesh.joining import Joining, Welcome
 from knode.mesh.lookup import Finder, Lookup
-from knode.mesh.membership import SCHEMA as MESH_SCHEMA
-from knode.mesh.membership import Membership
+from knode.mesh.membership import MIGRATIONS, Membership
 from knode.mesh.methods import Methods
 from knode.mesh.peers import Peers
 from knode.mesh.pinging import Pinging
 from knode.mesh.reaching import Reaching
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 from knode.mesh.ticket import Ticket
 from knode.mesh.ways import fitting
 from knode.storage import Database
@@ -39,7 +38,6 @@ from knode.tasks.worker import Worker
 from knode.transport import Carrier, Listener
 from knode.world import Log, World
 
-MIGRATIONS = (MESH_SCHEMA,)
 CONTACT_EVERY_S = 5.0
 
 
@@ -246,7 +244,7 @@ class Node:
         return Load(load.running, load.queued, load.capacity, self.machine.busy_percent())
 
     def _is_publisher_trusted(self, publisher: PublicKey) -> bool:
-        return self.membership.in_cell and publisher.raw in self.membership.roster.members
+        return self.membership.in_cell and publisher.raw in self.membership.roster.holders
 
     def _contact(self) -> SignedContact:
         """Sign this node's addresses; later than what it signed before, whatever the clock says."""

@@ -9,7 +9,7 @@ from itertools import permutations
 import trio
 
 from knode.errors import Code, KnodeError
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 from knode.node import Node
 from knode.simulation.host import Host
 from knode.simulation.scenario import Scenario

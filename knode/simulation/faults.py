@@ -7,7 +7,7 @@ from typing import assert_never
 import trio
 
 from knode.errors import KnodeError
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 from knode.simulation.cell import Cell
 from knode.simulation.host import Host
 from knode.simulation.scenario import (

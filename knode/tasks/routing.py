@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from knode.errors import Code, KnodeError
 from knode.mesh.liveness import PeerState
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 
 RUNNING_ROLES = frozenset({Role.ADMIN, Role.WORKER})
 NAMED_AT_MOST = 8

@@ -12,7 +12,7 @@ import pytest
 from knode.cli.commands.tasks import INPUT_LIMIT_BYTES
 from knode.errors import Code, KnodeError
 from knode.home.layout import Home
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 
 TASK = {
     "id": "01TASK",

@@ -303,6 +303,238 @@ class Memory:
         return "run"
 
 
+# -- section 14: the roster ---------------------------------------------------------------------
+
+is_id, is_key = binary(32), binary(32)
+issued = integer(0, 2**62)
+kept_ids = array(is_id, 0, 1024)
+ROLES = ("admin", "worker", "voter", "observer")
+
+
+def is_role(value: Any) -> bool:
+    return value in ROLES
+
+
+def is_name(value: Any) -> bool:
+    return type(value) is str and re.fullmatch("[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value) is not None
+
+
+STATEMENTS: dict[str, tuple[int, dict[str, Check]]] = {
+    "GENESIS": (1, {"signer": is_key, "recovery": is_key, "nonce": binary(16), "issued": issued}),
+    "ADD": (
+        2,
+        {
+            "signer": is_key,
+            "era": is_id,
+            "member": is_key,
+            "name": is_name,
+            "role": is_role,
+            "issued": issued,
+        },
+    ),
+    "ROLE": (
+        3,
+        {
+            "signer": is_key,
+            "era": is_id,
+            "member": is_key,
+            "role": is_role,
+            "kept": kept_ids,
+            "issued": issued,
+        },
+    ),
+    "REVOKE": (4, {"signer": is_key, "era": is_id, "member": is_key, "kept": kept_ids, "issued": issued}),
+    "ROTATE": (
+        5,
+        {
+            "signer": is_key,
+            "era": is_id,
+            "member": is_key,
+            "key": is_key,
+            "proof": binary(64),
+            "kept": kept_ids,
+            "issued": issued,
+        },
+    ),
+    "RECOVER": (
+        6,
+        {
+            "signer": is_key,
+            "cell": is_id,
+            "owner": is_key,
+            "members": array(record(is_key, is_name, is_role, issued), 0, 256),
+            "revoked": array(is_key, 0, 768),
+            "issued": issued,
+        },
+    ),
+}
+KINDS = {tag: (name, fields) for name, (tag, fields) in STATEMENTS.items()}
+
+
+def is_statement(value: Any) -> bool:
+    if type(value) is not list or not value or type(value[0]) is not int or value[0] not in KINDS:
+        return False
+    return record(*KINDS[value[0]][1].values())(value[1:])
+
+
+@dataclass(frozen=True)
+class Statement:
+    id: bytes
+    kind: str
+    fields: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return self.fields[name]
+
+    @property
+    def turn(self) -> tuple[int, bytes]:
+        return self.issued, self.id
+
+
+def read_statement(data: bytes) -> Statement:
+    value = decode(data[64:], is_statement)
+    kind, names = KINDS[value[0]]
+    fields = dict(zip(names, value[1:], strict=True))
+    if kind == "ROTATE":
+        parts = (fields[name] for name in ("era", "member", "signer", "key"))
+        verify(fields["key"], "rotate", fields["proof"], b"".join(parts))
+    verify(fields["signer"], "member", data[:64], data[64:])
+    return Statement(hashlib.sha256(data[64:]).digest(), kind, fields)
+
+
+@dataclass
+class Path:
+    keys: list[bytes]
+    taken: list[Statement] = field(default_factory=list)
+    parted: bool = False
+
+    @property
+    def every_key(self) -> set[bytes]:
+        return {*self.keys, *(step.key for step in self.taken)}
+
+
+def read_roster(cell: bytes, statements: list[Statement]) -> dict[str, Any]:
+    """Say what a set means, by the letter of the document."""
+    genesis = next(s for s in statements if s.id == cell)
+    # 1. Eras.
+    recovers = [
+        s for s in statements if s.kind == "RECOVER" and (s.cell, s.signer) == (cell, genesis.recovery)
+    ]
+    recovers.sort(key=lambda s: s.turn)
+    eras = [(cell, genesis.signer, {}, [])]
+    eras += [(s.id, s.owner, {m[0]: m[1:] for m in s.members}, s.revoked) for s in recovers]
+    era, owner, began_with, era_revoked = eras[-1]
+    names = [one[0] for one in eras]
+
+    # 2. Paths.
+    def counts(step: Statement) -> bool:
+        return step.era in names and all(step.member in one[2] for one in eras[names.index(step.era) + 1 :])
+
+    rotates = sorted((s for s in statements if s.kind == "ROTATE" and counts(s)), key=lambda s: s.id)
+
+    def path_of(member: bytes) -> Path:
+        path = Path([member])
+        while len(path.keys) <= 16:
+            steps = [s for s in rotates if (s.member, s.signer) == (member, path.keys[-1])][:2]
+            path.taken += steps
+            if not steps:
+                return path
+            if len(steps) == 2 or steps[0].key in path.keys:
+                path.parted = True
+                return path
+            path.keys.append(steps[0].key)
+        return path
+
+    # 3. Revocations.
+    revokes = [
+        s
+        for s in statements
+        if s.kind == "REVOKE"
+        and ((s.signer == genesis.recovery and s.era in names) or (s.signer, s.era) == (owner, era))
+    ]
+    kept_of: dict[bytes, set[bytes]] = {}
+    for s in revokes:
+        kept_of[s.member] = kept_of.get(s.member, set(s.kept)) & set(s.kept)
+    # 4. Grants.
+    grants = sorted(
+        (s for s in statements if s.kind in ("ADD", "ROLE") and s.era == era), key=lambda s: s.turn
+    )
+    of_owner = [s for s in grants if s.signer == owner]
+    last_of_owner = {s.member: s for s in of_owner}
+    admins = {s.member for s in of_owner if s.role == "admin"}
+    admins |= {member for member, known in began_with.items() if known[1] == "admin"}
+    kept_grants, counting = set(of_owner_ids := {s.id for s in of_owner}), set(of_owner_ids)
+    for admin in admins:
+        path = path_of(admin)
+        theirs = [
+            s
+            for s in grants
+            if s.signer in path.every_key
+            and s.signer != owner
+            and s.role != "admin"
+            and (admin not in kept_of or s.id in kept_of[admin])
+        ][:512]
+        kept_grants |= {s.id for s in theirs}
+        for s in theirs:
+            ending = last_of_owner.get(admin)
+            if admin in kept_of:
+                good = True
+            elif ending is not None and ending.role != "admin":
+                good = s.id in ending.fields.get("kept", ())
+            else:
+                ends = [step for step in path.taken if step.signer == s.signer]
+                good = s.signer in path.keys and all(s.id in step.kept for step in ends)
+            if good:
+                counting.add(s.id)
+    # 5. Members.
+    last_add = {s.member: s for s in grants if s.id in counting and s.kind == "ADD"}
+    last_grant = {s.member: s for s in grants if s.id in counting}
+    members: dict[bytes, dict[str, Any]] = {}
+    for member in {*began_with, *last_add}:
+        name, role, joined = began_with.get(member, (None, None, None))
+        began_admin = role == "admin"
+        if member in last_add:
+            name, joined = last_add[member].name, last_add[member].issued
+        if member in last_grant:
+            role = last_grant[member].role
+        if member in last_of_owner and last_of_owner[member].role == "admin":
+            role = "admin"
+        if member not in last_of_owner and began_admin:
+            role = "admin"
+        members[member] = {"name": name, "role": role, "joined": joined}
+    # 6. Who is in.
+    known = {*began_with, *(s.member for s in of_owner)}
+    known |= {s.member for s in grants if s.id in kept_grants and s.kind == "ADD"}
+    paths = {member: path_of(member) for member in known}
+    taken = {step.id: step for path in paths.values() for step in path.taken}
+    leads_to = [step.key for step in taken.values()]
+    revoked_ids = {*kept_of, *era_revoked}
+    revoked = {key for i in revoked_ids for key in (paths[i].every_key if i in known else (i,))}
+    contested = {
+        member
+        for member, path in paths.items()
+        if path.parted
+        or member in leads_to
+        or any(leads_to.count(key) > 1 for key in path.keys[1:])
+        or path.every_key & revoked
+    }
+    # 7. The digest.
+    kept = sorted({cell, *(s.id for s in recovers), *(s.id for s in revokes), *kept_grants, *taken})
+    return {
+        "era": era.hex(),
+        "owner": owner.hex(),
+        "kept": [i.hex() for i in kept],
+        "digest": hashlib.sha256(b"KLP/1/roster\0" + b"".join(kept)).hexdigest(),
+        "members": [
+            {"id": member.hex(), "key": paths[member].keys[-1].hex(), **members[member]}
+            for member in sorted(members)
+            if member not in revoked_ids | contested
+        ],
+        "contested": [member.hex() for member in sorted(members) if member in contested - revoked_ids],
+        "revoked": [key.hex() for key in sorted(revoked)],
+    }
+
+
 # -- the vectors --------------------------------------------------------------------------------
 
 ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
@@ -429,6 +661,19 @@ def check_errors(vector: dict[str, Any]) -> None:
     assert written == vector["errors"]
 
 
+def check_roster(vector: dict[str, Any]) -> None:
+    cell = bytes.fromhex(vector["cell"])
+    for item in vector["rosters"]:
+        statements = [read_statement(bytes.fromhex(data)) for data in item["statements"]]
+        for name, value in read_roster(cell, statements).items():
+            assert value == item[name], f"{item['name']}: {name}"
+        kept = [s for s in reversed(statements) if s.id.hex() in item["kept"]]
+        assert read_roster(cell, kept) == read_roster(cell, statements), item["name"]
+    for item in vector["refused"]:
+        code = refusal_of(lambda item=item: read_statement(bytes.fromhex(item["statement"])))
+        assert code == item["code"], item["why"]
+
+
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "keys": check_keys,
     "objects": check_objects,
@@ -438,6 +683,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "rejections": check_rejections,
     "answers": check_answers,
     "errors": check_errors,
+    "roster": check_roster,
 }
 
 

@@ -23,6 +23,7 @@ from klp_pair import (
     responder,
     sessions,
 )
+from roster_vectors import roster
 
 from knode.errors import TABLE, Code, KnodeError
 from knode.identity import KeyPair
@@ -417,6 +418,7 @@ FILES = {
     "rejections": rejections,
     "answers": answers,
     "errors": errors,
+    "roster": roster,
 }
 
 

@@ -14,6 +14,7 @@ from klp_pair import sessions
 
 from knode.errors import TABLE, KnodeError
 from knode.klp import limits
+from knode.mesh.statements import open_statement
 
 DOCUMENT = (Path(__file__).parent.parent.parent / "docs" / "klp.md").read_text()
 
@@ -49,6 +50,13 @@ def test_knode_refuses_every_rejection_with_its_code() -> None:
         _, b = sessions()
         with pytest.raises(KnodeError) as caught:
             b.receive(bytes.fromhex(item["frame"]))
+        assert caught.value.code == item["code"], item["why"]
+
+
+def test_knode_refuses_what_is_no_statement_with_its_code() -> None:
+    for item in json.loads(make_vectors.text_of("roster"))["refused"]:
+        with pytest.raises(KnodeError) as caught:
+            open_statement(bytes.fromhex(item["statement"]))
         assert caught.value.code == item["code"], item["why"]
 
 

@@ -21,12 +21,13 @@ from knode.mesh.contact import Contact, SignedContact, sign_contact
 from knode.mesh.conversation import Conversation
 from knode.mesh.gossip import Gossip
 from knode.mesh.joining import Joining, Welcome
-from knode.mesh.membership import SCHEMA, Membership
+from knode.mesh.membership import MIGRATIONS, Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peer import Peer
 from knode.mesh.peers import Peers
 from knode.mesh.pinging import Pinging
-from knode.mesh.roster import Member, Role
+from knode.mesh.roster import Member
+from knode.mesh.statements import Role
 from knode.mesh.ticket import Ticket
 from knode.storage import Database
 from knode.transport import Carrier
@@ -145,7 +146,7 @@ class MeshNode:
 
     async def open(self) -> None:
         """Read the database; nothing is listened to yet."""
-        self.database = await Database.open(self.world, self.file, (SCHEMA,), synchronous="NORMAL")
+        self.database = await Database.open(self.world, self.file, MIGRATIONS, synchronous="NORMAL")
         self.membership = Membership(self.world, self.database, self.key, self.owner_key)
         await self.membership.load()
 

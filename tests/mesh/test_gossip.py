@@ -2,22 +2,24 @@ from __future__ import annotations
 
 import pytest
 import trio
-from mesh_cell import Cell, MeshNode, Text, key_of, refused, until
+from mesh_cell import RECOVERY, Cell, MeshNode, Text, key_of, refused, until
 
-from knode.errors import Code
+from knode.errors import Code, KnodeError
 from knode.klp.codec import encode
-from knode.klp.messages import Context, Event, Request
+from knode.klp.messages import Context, Event, Failure, Request, Response
 from knode.mesh import gossip
 from knode.mesh.contact import Contact, sign_contact
 from knode.mesh.gossip import (
     CONTACTS_TOPIC,
     PULL_S,
     QUEUE_OF_A_PEER,
+    SETTLE_S,
     STATEMENTS_TOPIC,
     Objects,
     telling_order,
 )
-from knode.mesh.roster import Add, Role, SignedStatement, sign_statement
+from knode.mesh.statements import Add, Role, SignedStatement, sign_statement
+from knode.transport import LinkClosed
 
 
 def same_rosters(*nodes: MeshNode) -> bool:
@@ -70,6 +72,7 @@ async def test_what_happened_apart_is_the_same_everywhere_after(cell: Cell) -> N
     cell.network.cut("a", "c")
     await until(lambda: a.peer(b).conversation is None and a.peer(c).conversation is None)
     await a.membership.set_role(a.member(c), Role.VOTER)
+    b.clock.moved_ms += 1
     await b.membership.set_role(b.member(c), Role.OBSERVER)
     assert not same_rosters(a, b)
     cell.network.heal("a", "b")
@@ -109,6 +112,116 @@ async def test_a_revoked_nodes_links_are_closed_everywhere_within_seconds(cell: 
     await refused(Code.UNAVAILABLE, b.ask, c, "test.echo")
     assert c.ran == []
     assert b.key.public.raw not in c.peers._peers  # nothing of it is kept
+
+
+async def test_a_rotated_key_s_links_are_closed_everywhere_within_seconds_and_the_new_key_s_open(
+    cell: Cell,
+) -> None:
+    a, b, c, d = await cell.nodes("a", "b", "c", "d")
+    cell.network.cut("b", "d")  # it hears of it from the others
+    await until(lambda: b.peer(d).conversation is None)
+    old, new = b.key, key_of("b's new key")
+    conversations = [node.conversation(b) for node in (a, c)]
+    await b.membership.rotate(new)
+    took_s = await until(lambda: not any(conversation.open for conversation in conversations))
+    assert took_s < 3
+    assert await until(lambda: same_rosters(a, b, c, d)) < 3
+    stranger = cell.stranger(old)
+    for node in (a, c, d):
+        await refused(Code.KEY_REVOKED, stranger.shake_hands, node)
+    await b.stop()
+    b.key = new
+    await b.start(cell.nursery)
+    assert await until(lambda: all(node.peer(b).conversation is not None for node in (a, c))) < 3
+    assert b.membership.own == a.membership.roster.find("b") == c.membership.roster.find("b")
+    assert b.membership.own.id == old.public
+    assert await a.ask(b, "test.echo", "new key") == "new key"
+    assert old.public.raw not in a.peers._peers
+
+
+async def test_the_lost_owner_s_machine_is_shut_out_everywhere_within_seconds(cell: Cell) -> None:
+    a, b, c = await cell.nodes("a", "b", "c")
+    await b.membership.recover(RECOVERY, key_of("new owner"), lost=[b.member(a)])
+    assert await until(lambda: a.peer(b).conversation is a.peer(c).conversation is None) < 3
+    await until(lambda: same_rosters(b, c))
+    d = await cell.node("d")
+    await d.join(await b.invite(Role.ADMIN))
+    await until(lambda: d.peer(c).conversation is not None)
+    assert [m.name for m in c.membership.roster.members.values()] == ["b", "c", "d"]
+    # Whom the lost machine adds gets in nowhere.
+    spy = key_of("spy")
+    await a.membership.add(
+        [
+            sign_statement(
+                key_of("owner of a"),
+                Add(
+                    key_of("owner of a").public.raw,
+                    a.membership.roster.era,
+                    spy.public.raw,
+                    "spy",
+                    Role.ADMIN,
+                    1,
+                ),
+            )
+        ]
+    )
+    await refused(Code.UNKNOWN_PEER, cell.stranger(spy).shake_hands, c)
+    await trio.sleep(60)
+    assert a.peer(c).conversation is None
+
+
+async def test_a_node_that_was_away_serves_no_revoked_key_that_finds_it_before_the_others_do(
+    cell: Cell,
+) -> None:
+    a, b, c = await cell.nodes("a", "b", "c")
+    await b.stop()
+    await c.stop()
+    before = c.membership.roster.digest
+    await a.membership.revoke(a.member(b))
+    cell.network.cut("a", "c")
+    await c.start(cell.nursery)
+    assert c.membership.roster.digest == before
+    stranger = cell.stranger(b.key)
+    await stranger.shake_hands(c)  # it is a member, as far as this node knows
+    await stranger.say(stranger.request(1, "test.echo", encode(Text("before the others come"))))
+    await trio.sleep(0.1)
+    cell.network.heal("a", "c")
+    answer = await stranger.answer(1)
+    assert isinstance(answer, Failure)
+    assert answer.code == Code.KEY_REVOKED
+    assert c.ran == []
+    assert await until(lambda: a.peer(c).conversation is not None) < SETTLE_S
+
+
+async def test_a_node_that_reaches_nobody_else_serves_a_revoked_key_until_it_does(cell: Cell) -> None:
+    a, b, c = await cell.nodes("a", "b", "c")
+    await b.stop()
+    await c.stop()
+    await a.membership.revoke(a.member(b))
+    cell.network.cut("a", "c")
+    await c.start(cell.nursery)
+    begun = trio.current_time()
+    stranger = cell.stranger(b.key)
+    await stranger.shake_hands(c)
+    await stranger.say(stranger.request(1, "test.echo", encode(Text("nobody told it"))))
+    assert isinstance(await stranger.answer(1), Response)
+    assert trio.current_time() - begun >= SETTLE_S
+    cell.network.heal("a", "c")
+    await a.connected(c)
+    with pytest.raises((KnodeError, LinkClosed)):
+        await stranger.answer(2)
+    assert c.ran == ["nobody told it"]
+
+
+async def test_a_node_whose_only_link_broke_for_a_moment_does_not_wait_for_who_is_away(cell: Cell) -> None:
+    a, b, c = await cell.nodes("a", "b", "c")
+    await c.stop()
+    await trio.sleep(60)
+    cell.network.break_links("a")
+    await until(lambda: b.peer(a).conversation is None)
+    begun = trio.current_time()
+    assert await b.ask(a, "test.echo", "at once") == "at once"
+    assert trio.current_time() - begun < SETTLE_S
 
 
 async def test_what_a_revoked_node_still_says_is_refused(cell: Cell) -> None:

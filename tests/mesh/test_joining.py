@@ -12,7 +12,7 @@ from knode.mesh.gossip import CONTACTS_TOPIC, STATEMENTS_TOPIC, Objects
 from knode.mesh.joining import Join
 from knode.mesh.liveness import PeerState
 from knode.mesh.peers import JOIN_S, JOINING_AT_ONCE
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 from knode.mesh.ticket import Ticket
 
 

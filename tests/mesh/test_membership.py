@@ -1,20 +1,25 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import pairwise
 from pathlib import Path
 
+import apsw
 import pytest
 import trio
 from mesh_cell import RECOVERY, MeshNode, key_of, refused
 
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
-from knode.mesh.contact import Contact, sign_contact
+from knode.mesh import membership as membership_module
+from knode.mesh.contact import Contact, SignedContact, sign_contact
 from knode.mesh.invitations import MAX_OPEN_TICKETS
-from knode.mesh.membership import Membership
-from knode.mesh.roster import Add, Role, SetRole, sign_statement
+from knode.mesh.membership import MIGRATIONS, Membership
+from knode.mesh.rotations import MAX_ROTATIONS
+from knode.mesh.statements import Add, Revoke, Role, SetRole, SignedStatement, sign_statement
 from knode.mesh.ticket import LIFETIME_MS
 from knode.mesh.words import four_words
+from knode.storage import Database
 
 WORDS = four_words(bytes(32))
 FRIEND, OTHER = key_of("friend"), key_of("other")
@@ -321,3 +326,213 @@ async def test_a_change_is_told_once_it_is_durable(home: Membership) -> None:
     assert told == [1]
     assert await home.add(home.roster.statements.values()) == []
     assert told == [1]
+
+
+def contact_of(key: KeyPair, issued: int) -> SignedContact:
+    return sign_contact(key, Contact(key.public.raw, (f"host:{issued}",), "0.1.0", issued))
+
+
+# Another key.
+
+
+async def test_a_rotated_member_keeps_its_id_and_is_reached_where_it_told_with_its_old_key(
+    tmp_path: Path, home: Membership, reopen
+) -> None:
+    await joined(home, FRIEND, Role.ADMIN)
+    await home.add_contacts([contact_of(FRIEND, 100)])
+    friend = await member(tmp_path, home, FRIEND, "friend")
+    await joined(friend, OTHER, name="other")
+    new = key_of("friend's new key")
+    await friend.rotate(new)
+    await home.add(friend.roster.statements.values())
+    again = await reopen()
+    for membership in (home, again):
+        rotated = membership.roster.find("friend")
+        assert (rotated.id, rotated.key, rotated.role) == (FRIEND.public, new.public, Role.ADMIN)
+        assert membership.roster.find("other").key == OTHER.public
+        assert membership.contacts[new.public.raw] == contact_of(FRIEND, 100)
+    # Whatever an old key says later, the new one's word counts.
+    assert await again.add_contacts([contact_of(new, 1)]) == [contact_of(new, 1)]
+    assert await again.add_contacts([contact_of(FRIEND, 999)]) == []
+    assert (await reopen()).contacts[new.public.raw] == contact_of(new, 1)
+    await refused(Code.KEY_REVOKED, friend.rotate, key_of("yet another"))
+
+
+async def test_a_member_rotates_only_so_often(tmp_path: Path, home: Membership) -> None:
+    await joined(home, FRIEND)
+    keys = [FRIEND, *(key_of(f"turn {n}") for n in range(MAX_ROTATIONS + 1))]
+    for old, new in pairwise(keys[:-1]):
+        membership = await member(tmp_path, home, old, f"with-{old.node_id[-8:].lower()}")
+        await membership.rotate(new)
+        await home.add(membership.roster.statements.values())
+    last = await member(tmp_path, home, keys[-2], "last")
+    error = await refused(Code.RATE_LIMITED, last.rotate, keys[-1])
+    assert "revoke" in error.next_step
+
+
+async def test_a_contested_member_is_revoked_by_its_name(tmp_path: Path, home: Membership) -> None:
+    await joined(home, FRIEND)
+    friend, thief = [await member(tmp_path, home, FRIEND, name) for name in ("friend", "thief")]
+    await friend.rotate(key_of("new"))
+    await thief.rotate(key_of("stolen"))
+    await home.add([*friend.roster.statements.values(), *thief.roster.statements.values()])
+    assert [m.name for m in home.roster.members.values()] == ["home"]
+    await home.revoke(home.roster.find("friend"))
+    assert key_of("stolen").public.raw in home.roster.revoked
+    assert home.roster.contested == {}
+
+
+# Another owner.
+
+NEW_OWNER = key_of("new owner")
+
+
+async def test_the_recovery_key_makes_another_node_the_owner_s(tmp_path: Path, home: Membership) -> None:
+    await joined(home, FRIEND)
+    await joined(home, OTHER, Role.ADMIN, "other")
+    friend = await member(tmp_path, home, FRIEND, "friend")
+    await refused(Code.NOT_ALLOWED, friend.issue_ticket, Role.WORKER, ADDRESSES)
+    lost = friend.roster.find("home")
+    await friend.recover(RECOVERY, NEW_OWNER, lost=[lost])
+    assert {m.name: m.role for m in friend.roster.members.values()} == {
+        "friend": Role.WORKER,
+        "other": Role.ADMIN,
+    }
+    assert friend.roster.owner == NEW_OWNER.public
+    await joined(friend, key_of("third"), Role.ADMIN, "third")
+    await friend.revoke(friend.roster.find("other"))
+    # On the lost machine, and wherever its statements come, its owner key does nothing any more.
+    await home.set_role(home.roster.find("friend"), Role.ADMIN)
+    await joined(home, key_of("late"), name="late")
+    await home.revoke(home.roster.find("other"))
+    assert await friend.add(home.roster.statements.values()) == []
+    await home.add(friend.roster.statements.values())
+    assert home.roster == friend.roster
+    await refused(Code.KEY_REVOKED, lambda: _own(home))
+    error = await refused(Code.NOT_ALLOWED, home.revoke, friend.roster.find("third"))
+    assert "knode member recover" in error.next_step
+    await refused(Code.NOT_ALLOWED, home.issue_ticket, Role.WORKER, ADDRESSES)
+
+
+async def _own(membership: Membership) -> object:
+    return membership.own
+
+
+async def test_another_key_recovers_nothing(tmp_path: Path, home: Membership) -> None:
+    await joined(home, FRIEND)
+    friend = await member(tmp_path, home, FRIEND, "friend")
+    before = friend.roster
+    await refused(Code.NOT_ALLOWED, friend.recover, key_of("not it"), NEW_OWNER)
+    await refused(Code.NOT_ALLOWED, friend.recover, RECOVERY, NEW_OWNER, lost=[friend.own])
+    assert friend.roster == before
+
+
+async def test_what_a_thief_did_with_the_owner_s_key_is_undone_in_one_step(
+    tmp_path: Path, home: Membership, node: MeshNode
+) -> None:
+    await joined(home, FRIEND)
+    await joined(home, OTHER, Role.ADMIN, "other")
+    await joined(home, key_of("gone"), name="gone")
+    await home.revoke(home.roster.find("gone"))
+    node.clock.moved_ms += 60_000
+    theft = node.clock.wall()
+    node.clock.moved_ms += 60_000
+    spy = key_of("spy")
+    await joined(home, spy, Role.ADMIN, "spy")
+    await home.set_role(home.roster.find("friend"), Role.OBSERVER)
+    await home.revoke(home.roster.find("other"))
+    spied = await member(tmp_path, home, spy, "spy")
+    await joined(spied, key_of("second spy"), name="second-spy")
+    await home.add(spied.roster.statements.values())
+    assert "second-spy" in {m.name for m in home.roster.members.values()}
+
+    await home.recover(RECOVERY, NEW_OWNER, undo_since=theft)
+    assert {m.name: m.role for m in home.roster.members.values()} == {
+        "friend": Role.WORKER,
+        "home": Role.ADMIN,
+        "other": Role.ADMIN,
+    }
+    assert set(home.roster.revoked) == {key_of("gone").public.raw}
+    assert await home.add(spied.roster.statements.values()) == []
+    await refused(Code.INVALID_ARGUMENT, home.recover, RECOVERY, key_of("third owner"), undo_since=5)
+
+
+async def test_what_a_thief_did_with_an_admin_s_key_is_undone_by_its_revocation(
+    tmp_path: Path, home: Membership, node: MeshNode
+) -> None:
+    await joined(home, FRIEND, Role.ADMIN)
+    admin = await member(tmp_path, home, FRIEND, "friend")
+    await joined(admin, OTHER, name="other")
+    await home.add(admin.roster.statements.values())
+    node.clock.moved_ms += 60_000
+    theft = node.clock.wall()
+    cell = home.roster.cell_id
+    spy = Add(FRIEND.public.raw, cell, key_of("spy").public.raw, "spy", Role.WORKER, 1)
+    demoted = SetRole(FRIEND.public.raw, cell, OTHER.public.raw, Role.OBSERVER, (), 2**60)
+    await home.add([sign_statement(FRIEND, body) for body in (spy, demoted)])
+    assert home.roster.find("other").role is Role.OBSERVER
+    await home.revoke(home.roster.find("friend"), undo_since=theft)
+    assert {m.name: m.role for m in home.roster.members.values()} == {
+        "home": Role.ADMIN,
+        "other": Role.WORKER,
+    }
+
+
+async def test_when_a_node_heard_of_a_statement_outlives_its_start(home: Membership, node, reopen) -> None:
+    await joined(home, FRIEND, Role.ADMIN)
+    node.clock.moved_ms += 60_000
+    between = node.clock.wall()
+    node.clock.moved_ms += 60_000
+    await joined(home, OTHER, name="other")
+    again = await reopen()
+    await again.recover(RECOVERY, NEW_OWNER, undo_since=between)
+    assert {m.name for m in again.roster.members.values()} == {"home", "friend"}
+
+
+async def test_a_roster_of_the_first_schema_is_read(tmp_path: Path, home: Membership, node: MeshNode) -> None:
+    await joined(home, FRIEND)
+    before = home.roster
+    await node.database.aclose()
+    path = tmp_path / "old.db"
+    old = await Database.open(node.world, path, MIGRATIONS[:1])
+
+    def write(connection: apsw.Connection) -> None:
+        connection.execute("INSERT INTO cell VALUES (?)", (before.cell_id,))
+        connection.executemany(
+            "INSERT INTO statement VALUES (?, ?)", [(s.id, s.data) for s in before.statements.values()]
+        )
+
+    await old.write(write)
+    await old.aclose()
+    database = await Database.open(node.world, path, MIGRATIONS)
+    membership = Membership(node.world, database, node.key, node.owner_key)
+    await membership.load()
+    assert membership.roster == before
+    await membership.recover(RECOVERY, NEW_OWNER, undo_since=1)  # all of it was there for ever
+    assert len(membership.roster.members) == 2
+    await database.aclose()
+
+
+async def test_the_owner_and_the_recovery_key_have_room_for_the_last_word(
+    home: Membership, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership_module, "MAX_STATEMENTS_OF_OTHERS", 20)
+    await joined(home, FRIEND, Role.ADMIN)
+    await joined(home, OTHER, Role.WORKER, "other")
+    cell, friend, other = home.roster.cell_id, FRIEND.public.raw, OTHER.public.raw
+
+    def flood(first: int, count: int) -> list[SignedStatement]:
+        bodies = [SetRole(friend, cell, other, Role.VOTER, (), n) for n in range(first, first + count)]
+        return [sign_statement(FRIEND, body) for body in bodies]
+
+    await home.add(flood(1, 20))
+    error = await refused(Code.RATE_LIMITED, home.add, flood(100, 1))
+    assert "revoke" in error.next_step
+    owner = home._owner_key
+    assert owner is not None
+    last = sign_statement(owner, Revoke(owner.public.raw, cell, other, (), 5))
+    # Told together with what has no room, it counts all the same.
+    await refused(Code.RATE_LIMITED, home.add, [*flood(200, 3), last])
+    assert other in home.roster.revoked
+    await home.revoke(home.roster.find("friend"))
+    assert len(home.roster.statements) < 10

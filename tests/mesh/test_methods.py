@@ -5,7 +5,7 @@ from mesh_cell import Text
 
 from knode.errors import Code, KnodeError
 from knode.mesh.methods import ANY_MEMBER, Call, Methods
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 
 
 async def answer(call: Call, body: Text) -> Text:

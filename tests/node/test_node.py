@@ -13,7 +13,7 @@ from knode.control.methods import ControlMethods
 from knode.errors import Code, KnodeError
 from knode.home.configuration import load_configuration
 from knode.klp.keepalive import Keepalive, Load, read_keepalive
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 from knode.node import Machine, Node
 from knode.node.status import status
 

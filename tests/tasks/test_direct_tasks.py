@@ -10,7 +10,7 @@ from memory_cell import COMMAND, TEXT, Cell, Host
 from trio.testing import MockClock
 
 from knode.errors import Code, KnodeError
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 from knode.tasks import direct
 from knode.tasks.lifecycle import State
 from knode.tasks.messages import Run, Stage

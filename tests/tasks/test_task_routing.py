@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from knode.errors import Code, KnodeError
 from knode.mesh.liveness import PeerState
-from knode.mesh.roster import Role
+from knode.mesh.statements import Role
 from knode.tasks.routing import RUNNING_ROLES, Candidate, choose, demand, obstacle
 
 AGENT = "kExecutor:text"
