@@ -20,7 +20,15 @@ from knode.home.configuration import LogSettings
 from knode.home.folder import create_home
 from knode.home.layout import Home
 from knode.home.log_file import LogFile
-from knode.home.logging import HIDDEN, LINE_LIMIT_CHARACTERS, SECRET_WORDS, log_to, open_log, redact
+from knode.home.logging import (
+    HIDDEN,
+    LINE_LIMIT_CHARACTERS,
+    SECRET_WORDS,
+    is_secret,
+    log_to,
+    open_log,
+    redact,
+)
 from knode.world import Monotonic, WallTime, World
 from knode.world.real import real_world
 
@@ -108,7 +116,10 @@ async def test_each_trio_task_has_its_own_ids(world: World) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5).filter(lambda key: not is_secret(key)), inner, max_size=3)
+    ),
     max_leaves=10,
 )
 
