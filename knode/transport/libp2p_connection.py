@@ -189,9 +189,9 @@ class MuxedStream(ReadWriteCloser):
         Cancelling loses nothing.
         """
         connection, stream = self.connection, self._stream
-        if stream.chunks:
+        if stream.arrived:
             await trio.lowlevel.checkpoint()
-        while self._is_discarding or not stream.chunks:
+        while self._is_discarding or not stream.arrived:
             if self._is_discarding:
                 raise StreamEnded("it was closed here", in_order=False)
             if stream.finished_there:
@@ -236,7 +236,7 @@ class MuxedStream(ReadWriteCloser):
         self._is_discarding = True
         self.connection.wake()
         core, stream = self.connection.core, self._stream
-        while stream.chunks or not (stream.finished_there or stream.reset):
+        while stream.arrived or not (stream.finished_there or stream.reset):
             if not core.take(stream, 2**31):
                 await self.connection.changed.wait()
             elif core.outgoing_bytes:

@@ -48,8 +48,8 @@ class Stream:
         self.finished_here = False
         self.finished_there = False
         self.reset = False
-        self.chunks: deque[memoryview] = deque()
-        """What arrived and was not taken."""
+        self.arrived = bytearray()
+        """What arrived and was not taken; a copy: a byte must not keep all that came with it."""
         self.window_bytes = WINDOW_BYTES
         self.allowed_bytes = WINDOW_BYTES
         """How much the other side may still send."""
@@ -100,17 +100,13 @@ class Yamux:
         return size
 
     def take(self, stream: Stream, most_bytes: int) -> bytes:
-        """Return what has arrived, at most one chunk; empty when there is none. Allows more to be sent."""
-        if not stream.chunks:
+        """Return what has arrived, at most so much; empty when there is nothing. Allows more to be sent."""
+        data = bytes(memoryview(stream.arrived)[:most_bytes])
+        if not data:
             return b""
-        chunk = stream.chunks[0]
-        if len(chunk) > most_bytes:
-            stream.chunks[0] = chunk[most_bytes:]
-            chunk = chunk[:most_bytes]
-        else:
-            stream.chunks.popleft()
-        stream.taken_bytes += len(chunk)
-        stream.untold_bytes += len(chunk)
+        del stream.arrived[:most_bytes]
+        stream.taken_bytes += len(data)
+        stream.untold_bytes += len(data)
         if stream.untold_bytes >= stream.window_bytes // 2 and not (stream.finished_there or stream.reset):
             more, stream.untold_bytes = stream.untold_bytes, 0
             if stream.taken_bytes >= WINDOW_BYTES:
@@ -118,7 +114,7 @@ class Yamux:
                 stream.window_bytes = GROWN_WINDOW_BYTES
             stream.allowed_bytes += more
             self._queue(_WINDOW_UPDATE, 0, stream.number, more)
-        return bytes(chunk)
+        return data
 
     def finish(self, stream: Stream) -> None:
         """Say that no more comes from here; twice is no error."""
@@ -180,7 +176,7 @@ class Yamux:
         chunk = rest[: self._left_bytes]
         self._left_bytes -= len(chunk)
         if self._receiving is not None and not self._receiving.reset:
-            self._receiving.chunks.append(chunk)
+            self._receiving.arrived += chunk
             self._receiving.received_bytes += len(chunk)
         if not self._left_bytes and self._receiving is not None:
             self._receive_ending(self._receiving, self._ending)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import tracemalloc
 from contextlib import suppress
 
 import pytest
@@ -115,6 +116,20 @@ def test_a_window_does_not_grow_for_data_that_nobody_takes() -> None:
     assert near.credit_bytes == 0
 
 
+def test_a_byte_keeps_nothing_of_what_came_with_it() -> None:
+    a, b = pair()
+    near, far = opened(a, b)
+    passed_over = frame(DATA, 0, 99, 60_000, bytes(60_000))  # of a stream that is over
+    tracemalloc.start()
+    for _ in range(100):
+        a.send(near, memoryview(b"x"))
+        b.receive(a.take_outgoing() + passed_over)
+    held_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held_bytes < 1_000_000
+    assert take_all(b, far) == b"x" * 100
+
+
 def test_data_beyond_the_window_ends_the_connection_and_the_other_side_is_told() -> None:
     _, b = pair()
     b.receive(frame(WINDOW_UPDATE, SYN, 1, 0))
@@ -123,7 +138,7 @@ def test_data_beyond_the_window_ends_the_connection_and_the_other_side_is_told()
     with pytest.raises(YamuxError, match="beyond what was allowed"):
         b.receive(frame(DATA, 0, 1, 1, b"x"))
     assert b.take_outgoing() == frame(GO_AWAY, 0, 0, 1)
-    assert sum(len(chunk) for chunk in b.accepted[0].chunks) == WINDOW_BYTES
+    assert len(b.accepted[0].arrived) == WINDOW_BYTES
 
 
 @pytest.mark.parametrize(
