@@ -123,7 +123,7 @@ class Host:
         try:
             connected = (await trio.open_tcp_stream(address.host, address.port)).socket
             prepare_tcp(connected)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: what a name in DNS cannot look like
             raise NotOpened(str(error.__cause__ or error)) from error
         raw = _raw_of(connected)
         remote = join_address(address.host, address.port)

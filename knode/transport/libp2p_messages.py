@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
+from libp2p.exceptions import BaseLibp2pError
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 
-from knode.transport.libp2p_connection import MuxedStream
+from knode.transport.libp2p_connection import MuxedStream, StreamEnded
 
 M = TypeVar("M", bound=Message)
 
@@ -19,11 +20,12 @@ async def read_message(stream: MuxedStream, kind: type[M], limit_bytes: int) -> 
         StreamEnded: the stream ended.
         ValueError: it is longer than `limit_bytes`, or none of this kind.
     """
-    data = await read_varint_prefixed_bytes_limited(stream, limit_bytes)
     message = kind()
     try:
-        message.ParseFromString(data)
-    except DecodeError as error:
+        message.ParseFromString(await read_varint_prefixed_bytes_limited(stream, limit_bytes))
+    except StreamEnded:
+        raise
+    except (BaseLibp2pError, DecodeError) as error:
         raise ValueError(f"no {kind.__name__}: {error}") from error
     return message
 

@@ -22,6 +22,15 @@ LIMIT_SECONDS = 300
 """Far beyond what anything here takes, also on a clock ten times as fast: only a hang gets there."""
 
 
+NO_MESSAGES = [
+    b"\xff\xff\xff\x0f",  # far too long
+    b"\xff" * 9 + b"\x7f",  # a length of more than 64 bits
+    b"\xff" * 10,
+    b"\x02\xff\xff",  # no protobuf
+]
+"""What comes where one message of a libp2p protocol should."""
+
+
 class Lines:
     """A log that keeps what it is told."""
 

@@ -115,6 +115,14 @@ async def test_whoever_else_answers_at_an_address_gets_no_link(node: Peer) -> No
     assert raised.value.code is Code.UNAVAILABLE
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".example"])
+async def test_a_name_that_no_name_looks_like_gets_no_link(host: str) -> None:
+    somebody = KeyPair(b"x" * 32).node_id
+    with pytest.raises(KnodeError, match="no link to") as raised:
+        await Peer("dialling").carrier.dial(f"/dns4/{host}/tcp/4748/p2p/{somebody}")
+    assert raised.value.code is Code.UNAVAILABLE
+
+
 async def test_a_peer_that_speaks_no_klp_gets_no_link() -> None:
     async with other_host() as host:
         with pytest.raises(KnodeError, match="does not speak"):

@@ -9,7 +9,7 @@ from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.tools.anyio_service import background_trio_service
-from libp2p_peers import LIMIT_SECONDS, Peer, other_host, until
+from libp2p_peers import LIMIT_SECONDS, NO_MESSAGES, Peer, other_host, until
 from multiaddr import Multiaddr
 
 from knode.transport.libp2p_address import parse_peer_address
@@ -74,6 +74,19 @@ async def ask(peer: Peer, *questions: Message) -> tuple[list[Message], MuxedStre
         await write_message(stream, question)
         answers.append(await read_message(stream, Message, 100_000))
     return answers, stream
+
+
+@pytest.mark.parametrize("answer", NO_MESSAGES)
+async def test_who_answers_nonsense_knows_nobody(nursery: trio.Nursery, answer: bytes) -> None:
+    async def nonsense(stream: MuxedStream) -> None:
+        await stream.write(answer)
+        await stream.discard()
+
+    knows = await knowing(nursery)
+    knows.host.handlers[KAD] = nonsense
+    asking = Peer("asking", Libp2pSettings(bootstrap=[knows.way])).carrier
+    with trio.fail_after(LIMIT_SECONDS):
+        assert await asking.find(Peer("anybody").id) == []
 
 
 @pytest.mark.parametrize("kind", [Message.PUT_VALUE, Message.GET_VALUE, Message.ADD_PROVIDER])

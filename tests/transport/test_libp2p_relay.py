@@ -10,7 +10,7 @@ import trio
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, Status, StopMessage
 from libp2p.relay.circuit_v2.protocol import CircuitV2Protocol
 from libp2p.tools.anyio_service import background_trio_service
-from libp2p_peers import LIMIT_SECONDS, Peer, other_host, until
+from libp2p_peers import LIMIT_SECONDS, NO_MESSAGES, Peer, other_host, until
 from trio.testing import MockClock
 
 from knode.errors import Code, KnodeError
@@ -223,6 +223,21 @@ async def test_what_makes_no_sense_ends_a_stream_alone(nursery: trio.Nursery, qu
         await stream.discard()
     hidden = await behind(relay, "hidden", nursery)
     await echoed(await Peer("dialling").carrier.dial(hidden.carrier.relayed_addresses[0]), b"works")
+
+
+@pytest.mark.parametrize("answer", NO_MESSAGES)
+async def test_a_relay_that_answers_nonsense_gives_no_link(nursery: trio.Nursery, answer: bytes) -> None:
+    relay = await relay_of(nursery)
+
+    async def nonsense(stream: MuxedStream) -> None:
+        await stream.write(answer)
+        await stream.discard()
+
+    relay.host.handlers[HOP] = nonsense
+    address = circuit_address(relay.address, Peer("hidden").id)
+    with trio.fail_after(LIMIT_SECONDS), pytest.raises(KnodeError, match="does not answer") as raised:
+        await Peer("dialling").carrier.dial(address)
+    assert raised.value.code is Code.UNAVAILABLE
 
 
 async def test_circuits_come_from_a_relay_that_was_asked_and_from_nobody_else(nursery: trio.Nursery) -> None:
