@@ -62,7 +62,10 @@ class MulticastDns:
         Raises:
             KnodeError: UNAVAILABLE when this machine cannot send or hear multicast.
         """
-        thread = _Thread(self._name, text, hosts, port, heard)
+        try:
+            thread = _Thread(self._name, text, hosts, port, heard)
+        except OSError as error:  # no descriptor is left
+            raise _unavailable(hosts, error) from error
         failure: KnodeError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(thread.end_when_cancelled)
@@ -71,6 +74,8 @@ class MulticastDns:
                     await trio.to_thread.run_sync(thread.work, limiter=trio.CapacityLimiter(1))
                 except KnodeError as error:
                     failure = error
+                except RuntimeError as error:  # the system gives no thread
+                    failure = _unavailable(hosts, error)
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
@@ -99,17 +104,14 @@ class _Thread:
                 self._loop.call_soon_threadsafe(self._ended.set)
 
     def work(self) -> None:
+        from zeroconf import Error
+
         # Its complaints about single packets are for nobody; what keeps it from working is raised.
         logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
         try:
             self._loop.run_until_complete(self._speak_and_listen())
-        except (OSError, RuntimeError) as error:
-            raise KnodeError(
-                Code.UNAVAILABLE,
-                f"this machine cannot multicast on {', '.join(self._hosts)} ({error})",
-                "see that UDP port 5353 is free and the network takes multicast, "
-                "or: knode config set discovery.mdns false",
-            ) from error
+        except (OSError, RuntimeError, Error) as error:
+            raise _unavailable(self._hosts, error) from error
         finally:
             self._loop.close()
 
@@ -160,3 +162,12 @@ class _Thread:
     def _hand_over(self) -> None:
         while self._texts:
             self._heard(self._texts.popleft())
+
+
+def _unavailable(hosts: Sequence[str], error: Exception) -> KnodeError:
+    return KnodeError(
+        Code.UNAVAILABLE,
+        f"this machine cannot multicast on {', '.join(hosts)} ({str(error) or type(error).__name__})",
+        "see that UDP port 5353 is free and the network takes multicast, "
+        "or: knode config set discovery.mdns false",
+    )

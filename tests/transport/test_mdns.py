@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 from local_network import LIBP2P_BROWSER, LocalNetwork, line, local_network
 from real_processes import Process
 
+from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
 from knode.mesh.announcement import write_announcement
+from knode.transport.mdns import MulticastDns
 
 NODE = KeyPair(bytes(32)).public.node_id
 TEXT = write_announcement(NODE, ("10.99.0.1:4747", f"/ip4/10.99.0.1/tcp/4748/p2p/{NODE}"))
@@ -29,6 +33,21 @@ async def main():
         )
     except* KnodeError as group:
         print("failed", group.exceptions[0].code, flush=True)
+
+trio.run(main)
+"""
+
+WITHOUT_DESCRIPTORS = """
+import resource, trio
+from knode.errors import KnodeError
+from knode.transport.mdns import MulticastDns
+
+async def main():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    try:
+        await MulticastDns("a" * 32).run(b"", ["127.0.0.1"], 4747, print)
+    except KnodeError as error:
+        print("failed", error.code, flush=True)
 
 trio.run(main)
 """
@@ -146,3 +165,15 @@ def test_a_machine_that_cannot_multicast_says_so(network: LocalNetwork) -> None:
             assert speaker.wait(60) == 0
     with network.start(machine, SPEAKER, "a", TEXT.hex(), "10.99.0.77") as speaker:
         assert line(speaker) == ["failed", "UNAVAILABLE"]
+
+
+def test_without_a_descriptor_it_cannot_be_done_now() -> None:
+    asked = [sys.executable, "-c", WITHOUT_DESCRIPTORS]
+    answer = subprocess.run(asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=60)
+    assert answer.stdout.decode().split() == ["failed", Code.UNAVAILABLE]
+
+
+async def test_what_zeroconf_refuses_is_an_error_of_ours() -> None:
+    longer_than_a_label = "\u00e9" * 40
+    with pytest.raises(KnodeError, match="Too long"):
+        await MulticastDns(longer_than_a_label).run(TEXT, ["127.0.0.1"], 4747, lambda text: None)
