@@ -123,9 +123,9 @@ class Peer:
     def detach(self, conversation: Conversation) -> None:
         """Let go of a conversation that has ended."""
         self.conversations.remove(conversation)
+        self._heard_at = max(self._heard_at, Monotonic(conversation.liveness.heard_at))
         if not self.conversations:
             self._left = conversation.liveness.good_bye
-            self._heard_at = Monotonic(conversation.liveness.heard_at)
         self.choose()
 
     def send_event(self, topic: str, body: bytes, context: Context) -> None:
@@ -239,10 +239,14 @@ class Peer:
         """Use the best conversation, and ask again there what waits.
 
         The node with the smaller key alone retires the others: the two may judge a link differently, and
-        must not retire each the one that the other keeps.
+        must not retire each the one that the other keeps. When the one that it chose is lost, and the peer
+        had lost it before and so has kept a retired one, that one serves again.
         """
         usable = [c for c in self.conversations if c.open and c.retired_at is None]
-        best = max(usable, key=self._rank, default=None)
+        kept_there = [c for c in self.conversations if c.open and not c.peer_retired]
+        best = max(usable or kept_there, key=self._rank, default=None)
+        if best is not None:
+            best.retired_at = None
         for conversation in usable:
             if conversation is not best and (conversation.peer_retired or self._own.raw < self.key.raw):
                 conversation.retire()

@@ -54,6 +54,7 @@ class Interface:
         self._network_part = host.rstrip("0123456789")
         self._prefix = "/p2p-circuit/" if self._is_relayed else ""
         self.dialled: list[str] = []
+        self.reaches_others = True
 
     def _mark(self, link: MemoryLink) -> MemoryLink:
         link.carrier = self._kind
@@ -65,7 +66,7 @@ class Interface:
         return _Served(await self._carrier.listen(host, 0), self._mark, self._prefix)
 
     def dials(self, address: str) -> bool:
-        return address.startswith(self._prefix + self._network_part)
+        return self.reaches_others and address.startswith(self._prefix + self._network_part)
 
     async def dial(self, address: str) -> Link:
         self.dialled.append(address)
@@ -258,6 +259,26 @@ async def test_the_end_that_alone_can_dial_finds_the_better_link(homes: Homes) -
         await settled(a, b, Scope.LOCAL, within_s=BETTER_FIRST_S * 1.25 + SWITCH_S)
 
 
+async def test_a_link_that_was_retired_serves_again_when_the_better_one_was_dead_already(
+    homes: Homes,
+) -> None:
+    a, b = await two(homes)
+    await settled(a, b, Scope.LOCAL, within_s=SWITCH_S)
+    chooses, moves = sorted((a, b), key=lambda node: node.key.public.raw)
+    for interface in homes.interfaces[chooses.name].values():
+        interface.reaches_others = False  # as when the other is behind a NAT
+    homes.cut(LAN)
+    lost = moves.conversation(chooses).link
+    assert isinstance(lost, MemoryLink)
+    lost.vanish("its interface is gone")  # it notices at once, and the other end much later
+    await until(lambda: scope(moves, chooses) is Scope.WIDE)
+    assert scope(chooses, moves) is Scope.LOCAL
+    await settled(a, b, Scope.WIDE, within_s=3 + SWITCH_S)
+    assert await chooses.ask(moves, "test.echo", "there") == "there"
+    homes.heal(LAN)
+    await settled(a, b, Scope.LOCAL, within_s=BETTER_FIRST_S * 1.25 + SWITCH_S)
+
+
 async def test_a_claimed_address_is_dialled_at_once_and_grants_nothing(homes: Homes) -> None:
     a, b = await two(homes)
     at = b.listeners[0].addresses[0]
@@ -273,6 +294,19 @@ async def test_a_claimed_address_is_dialled_at_once_and_grants_nothing(homes: Ho
     assert await a.ask(b, "test.echo", "found") == "found"
     assert stranger.key.public.raw not in {peer.key.raw for peer in a.peers.members()}
     assert not stranger.peers.members()
+
+
+async def test_an_address_that_is_learned_between_two_dials_is_dialled_at_once(homes: Homes) -> None:
+    a, b = await two(homes)
+    for interface in homes.interfaces["a"].values():
+        interface.reaches_others = False
+    for _ in range(10):  # until b waits long between its dials
+        await until(lambda: b.peer(a).conversation, within_s=60)
+        for conversation in b.peer(a).conversations:
+            conversation.close("it does not last")
+        await until(lambda: b.peer(a).conversation is None)
+    b.peers.discovered(a.key.node_id, [f"{LAN}9:4747"])
+    await until(lambda: b.peer(a).conversation, within_s=1)
 
 
 async def test_a_hundred_false_claims_cost_a_few_dials_and_change_nothing(homes: Homes) -> None:
