@@ -141,6 +141,8 @@ class Dialling:
                 await self._improve(peer)
                 if self._world.clock.monotonic() - begun >= STEADY_S:
                     backoff_s = BACKOFF_FIRST_S
+                if not learned.is_set():
+                    learned = self._kept[peer.key.raw]  # it was replaced meanwhile
                 with trio.move_on_after(backoff_s * self._world.randomness.uniform(0.5, 1.5)):
                     await learned.wait()
                 longest_s = BACKOFF_SHUT_OUT_S if peer.shuts_out else BACKOFF_LONGEST_S
