@@ -226,7 +226,7 @@ class Conversation:
         """Tell the peer why, wait a second at most until it is sent, then end."""
         self.send_or_close(Goodbye(code, message))
         with trio.move_on_after(GOOD_BYE_S):
-            while self.open and (self.session.has_output or self._sending):
+            while self.open and self._has_unsent:
                 await self._flow.park()
         self.close(message)
 
@@ -239,14 +239,17 @@ class Conversation:
             self._heard(now)  # a part of a frame, which may take longer than a silence may
         if self.liveness.state(now) is PeerState.FAILED:
             self.close(f"nothing heard for {self.liveness.dead_after_s:g} s")
-        if self.retired_at is not None and (
-            (self.peer_retired and not self._held) or now - self.retired_at > RETIRED_AT_MOST_S
-        ):
+        is_of_use = not self.peer_retired or self._held or self._has_unsent
+        if self.retired_at is not None and (not is_of_use or now - self.retired_at > RETIRED_AT_MOST_S):
             self.close("a better link serves this peer")
         echo, heard_at = self._heard_ping
         held = max(0, round((now - heard_at) * 1e6)) if echo else 0
         if self.open:
             self._keep_alive(Keepalive(max(1, round(now * 1e6)), echo, held, load))
+
+    @property
+    def _has_unsent(self) -> bool:
+        return self._sending or self.session.has_output
 
     def _keep_alive(self, keepalive: Keepalive) -> None:
         """Send a keepalive, mostly without waking the task that writes: a node has one for each peer."""

@@ -280,3 +280,24 @@ async def test_a_retired_conversation_ends_once_both_have_retired_it_and_no_requ
         b.conversation.retire()
         await trio.sleep(2)
         assert not a.conversation.open
+
+
+async def test_a_retired_conversation_says_all_that_waits_before_it_ends(
+    autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with talking() as (a, b):
+        a.conversation.hold(7)  # it waits for an answer here
+        for side in (a, b):
+            side.conversation.retire()
+        await trio.sleep(0.2)
+        send_frame = b.conversation.link.send_frame
+
+        async def slowly(frame: bytes) -> None:
+            await trio.sleep(2.5)
+            await send_frame(frame)
+
+        monkeypatch.setattr(b.conversation.link, "send_frame", slowly)
+        last = Event("last", Context(), b"")
+        b.conversation.send(last)
+        await b.conversation.ended.wait()
+        assert last in a.taken
