@@ -36,8 +36,8 @@ class RelayLimits:
     Args:
         reservations: places, for one peer each.
         reservation_seconds: how long a place lasts unless it is asked for again.
-        circuits: how many there are at once.
-        circuits_a_place: how many of them lead to one peer.
+        circuits: how many there are at once; half of them for those who may have no place.
+        circuits_a_place: how many of them lead to one peer; likewise.
         seconds: how long one lasts; a link that ends by it is opened anew.
         data_bytes: how much one carries, in both directions together.
     """

@@ -129,9 +129,11 @@ class RelayServer:
         if place is None or place.is_over:
             self._give_up(peer_id)
             raise _Refused(Status.NO_RESERVATION)
+        # Strangers, who may be joining, leave half of them to the others.
+        share = 1 if self._may_reserve(stream.connection.peer_id) else 2
         if (
-            self._circuits[peer_id] >= self._limits.circuits_a_place
-            or self._circuits.total() >= self._limits.circuits
+            self._circuits[peer_id] >= self._limits.circuits_a_place // share
+            or self._circuits.total() >= self._limits.circuits // share
         ):
             raise _Refused(Status.RESOURCE_LIMIT_EXCEEDED)
         self._circuits[peer_id] += 1

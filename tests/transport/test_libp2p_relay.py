@@ -170,6 +170,18 @@ async def test_circuits_are_limited(nursery: trio.Nursery) -> None:
     await link.aclose()
 
 
+async def test_half_of_the_circuits_are_for_those_who_may_have_a_place(nursery: trio.Nursery) -> None:
+    relay = await relay_of(nursery, RelayLimits(circuits_a_place=2))
+    hidden = await behind(relay, "hidden", nursery)
+    first = await Peer("first").carrier.dial(hidden.carrier.relayed_addresses[0])
+    relay.carrier.may_reserve = lambda node_id: node_id == Peer("known").id
+    await refused(relay, "hidden", status="RESOURCE_LIMIT_EXCEEDED")
+    known = await Peer("known").carrier.dial(hidden.carrier.relayed_addresses[0])
+    await echoed(known, b"there is room for it")
+    await first.aclose()
+    await known.aclose()
+
+
 async def test_a_circuit_carries_so_many_bytes_and_no_more(nursery: trio.Nursery) -> None:
     relay = await relay_of(nursery, RelayLimits(data_bytes=300_000))
     hidden = await behind(relay, "hidden", nursery)
