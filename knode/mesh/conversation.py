@@ -94,6 +94,7 @@ class Conversation:
         self.opened_at = now
         self.rtt_s: float | None = None
         self.peer_load: Load | None = None
+        self.peer_load_at: float = now
         self.synchronised = trio.Event()
         self.ended = trio.Event()
         self.end_reason = ""
@@ -332,7 +333,7 @@ class Conversation:
                     incoming.fail(KnodeError(Code.CANCELLED, f"the sender gave up ({code})"))
             case Keepalive():
                 self._heard_ping = (item.sent_us, now)
-                self.peer_load = item.load
+                self.peer_load, self.peer_load_at = item.load, now
                 if item.echo_us:
                     self.rtt_s = max(0.0, now - item.echo_us / 1e6 - item.held_us / 1e6)
             case Event(topic=topic) if topic == RETIRED_TOPIC:

@@ -13,6 +13,7 @@ from knode.mesh.statements import Role
 from knode.node import Node
 from knode.simulation.host import Host
 from knode.simulation.scenario import Scenario
+from knode.simulation.schedule import running_on
 from knode.simulation.trace import Trace, TracedRandomness
 from knode.simulation.world import SimulatedRandomness
 from knode.transport.memory import MemoryNetwork
@@ -87,6 +88,7 @@ class Cell:
         """Take a machine's power; its peers hear nothing at all, until `restore_power`."""
         for other in self._others(host):
             self._wall(host, other, +1)
+            self._wall(other, host, +1)
         host.die("power cut")
         self._note_silence()
 
@@ -94,19 +96,42 @@ class Cell:
         """Give a machine its power back. What was connected to it learns that it restarted."""
         for other in self._others(host):
             self._wall(host, other, -1)
+            self._wall(other, host, -1)
+
+    def put_to_sleep(self, host: Host) -> None:
+        """Let a node stand still; its peers hear nothing, and their links to it stay."""
+        host.sleep()
+        self._note_silence()
+
+    def wake(self, host: Host) -> None:
+        """Let a node go on that was put to sleep."""
+        host.wake()
+        self._note_silence(observer=host)
 
     def cut(self, a: Host, b: Host) -> None:
         """Let nothing pass between two machines. Cuts add up."""
         self._wall(a, b, +1)
+        self._wall(b, a, +1)
         self._note_silence()
 
     def heal(self, a: Host, b: Host) -> None:
         """Undo one cut."""
         self._wall(a, b, -1)
+        self._wall(b, a, -1)
+        self._note_silence()
+
+    def cut_way(self, source: Host, destination: Host) -> None:
+        """Let nothing pass from one machine to the other."""
+        self._wall(source, destination, +1)
+        self._note_silence()
+
+    def heal_way(self, source: Host, destination: Host) -> None:
+        """Undo one cut of one way."""
+        self._wall(source, destination, -1)
         self._note_silence()
 
     def nodes(self) -> Iterator[tuple[Host, Node]]:
-        """Give every machine whose node is up."""
+        """Give every machine whose node is up and awake."""
         return ((host, host.node) for host in self.hosts if host.node is not None)
 
     def is_revoked(self, host: Host) -> bool:
@@ -118,24 +143,24 @@ class Cell:
     def _others(self, host: Host) -> list[Host]:
         return [other for other in self.hosts if other is not host]
 
-    def _wall(self, a: Host, b: Host, change: int) -> None:
-        pair = (min(a.name, b.name), max(a.name, b.name))
-        before = self._walls[pair] > 0
-        self._walls[pair] += change
-        assert self._walls[pair] >= 0
-        match before, self._walls[pair] > 0:
+    def _wall(self, source: Host, destination: Host, change: int) -> None:
+        way = (source.name, destination.name)
+        before = self._walls[way] > 0
+        self._walls[way] += change
+        assert self._walls[way] >= 0
+        match before, self._walls[way] > 0:
             case False, True:
-                self.network.cut(a.name, b.name)
-                self.trace.note("network", "cut", between=pair)
+                self.network.cut_way(*way)
+                self.trace.note("network", "cut", way=way)
             case True, False:
-                self.network.heal(a.name, b.name)
-                self.trace.note("network", "healed", between=pair)
+                self.network.heal_way(*way)
+                self.trace.note("network", "healed", way=way)
 
     def _note_silence(self, observer: Host | None = None) -> None:
         """Note who cannot hear whom, since when; an observer that has just started, since then."""
         now = trio.current_time()
         for a, b in permutations(self.hosts, 2):
-            if b.node is not None and not self.network.is_cut(a.name, b.name):
+            if b.node is not None and not self.network.is_cut(b.name, a.name):
                 self.silent_since.pop((a.name, b.name), None)
             elif a is observer:
                 self.silent_since[a.name, b.name] = now
@@ -151,7 +176,8 @@ class Cell:
             if host.node is None:
                 return  # the invariants name who has failed
             try:
-                await host.node.join(ticket, host.name)
+                with running_on(host.name):
+                    await host.node.join(ticket, host.name)
                 return
             except KnodeError as error:
                 if error.code not in (Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT):

@@ -15,6 +15,7 @@ from knode.errors import KnodeError
 from knode.identity import PublicKey
 from knode.simulation.cell import Cell
 from knode.simulation.scenario import Clients
+from knode.simulation.schedule import running_on
 from knode.simulation.trace import Line
 from knode.simulation.world import SimulatedRandomness
 from knode.tasks.direct import Submission
@@ -56,12 +57,16 @@ class History:
     """Attempts that began for someone whom the node knew to be revoked."""
     faults: list[str] = field(default_factory=list)
     """What nodes logged as their own fault."""
+    lost_links: list[str] = field(default_factory=list)
+    """Conversations that ended, as either node logged it, where there was no other to the same peer."""
 
     def read(self, owner: str, line: Line) -> None:
         """Take a line of the trace, at the moment at which it is written."""
         if line["event"] == "attempt begins":
             self.begun[line["task"]] += 1
             self._check_submitter(owner, line)
+        if line["event"] == "peer disconnected":
+            self._check_link(owner, line)
         if line.get("level") == "error":
             self.faults.append(f"{owner} logged: {line['event']} ({line.get('error', '')})")
 
@@ -71,6 +76,12 @@ class History:
                 revoked = {PublicKey(raw).node_id for raw in node.membership.roster.revoked}
                 if line["submitter"] in revoked:
                     self.served_revoked.append(f"{owner} begins task {line['task']} for who is revoked")
+
+    def _check_link(self, owner: str, line: Line) -> None:
+        for host, node in self.cell.nodes():
+            if host.name == owner and node.membership.in_cell:
+                lost = [p for p in node.peers.members() if p.node_id == line["peer"] and not p.conversation]
+                self.lost_links += [f"{owner} lost {peer.node_id}: {line['why']}" for peer in lost]
 
     def states(self) -> dict[str, int]:
         """Return how many tasks are in each state, and how many were refused."""
@@ -116,19 +127,20 @@ async def _submit(cell: Cell, clients: Clients, history: History, randomness: Si
         on=named if randomness.happens(NAMED_NODE) else None,
         deadline_s=randomness.uniform(*clients.deadline_s),
     )
-    try:
-        task = await node.tasks.submit(submission)
-    except KnodeError as error:
-        history.refused[error.code] += 1
-        return
-    except Exception as error:
-        history.faults.append(f"{host.name} broke on a submission: {error!r}")
-        return
-    history.submitted.append(Submitted(task, host.name, right_answer(text)))
-    if randomness.happens(clients.cancelled):
-        await trio.sleep(randomness.uniform(0, 0.05))
-        if not task.state.final:
-            await node.tasks.cancel(task)
+    with running_on(host.name):  # where it sleeps, its clients do
+        try:
+            task = await node.tasks.submit(submission)
+        except KnodeError as error:
+            history.refused[error.code] += 1
+            return
+        except Exception as error:
+            history.faults.append(f"{host.name} broke on a submission: {error!r}")
+            return
+        history.submitted.append(Submitted(task, host.name, right_answer(text)))
+        if randomness.happens(clients.cancelled):
+            await trio.sleep(randomness.uniform(0, 0.05))
+            if not task.state.final:
+                await node.tasks.cancel(task)
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ from knode.simulation.scenario import DEFAULT, load
 def simulate(
     *,
     seed: int,
-    nodes: int,
+    nodes: int | None = None,
     scenario: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
     show: Callable[[str], None] | None = None,
@@ -21,7 +21,7 @@ def simulate(
 
     Args:
         seed: from 0 on.
-        nodes: 1 to 64.
+        nodes: 1 to 64; None: as many as the scenario says.
         scenario: a name, or a file that ends in `.toml`; None: the one where nothing goes wrong.
         progress: called with a line for people now and then.
         show: called with each line of all nodes' logs.
@@ -31,11 +31,13 @@ def simulate(
         TouchedRealWorld: the node reached past its world.
     """
     name = scenario or DEFAULT
-    outcome = Run(load(name), seed, nodes, show=show, progress=progress).run()
+    loaded = load(name)
+    count = nodes or loaded.nodes
+    outcome = Run(loaded, seed, count, show=show, progress=progress).run()
     return {
         "seed": seed,
         "scenario": name.rsplit("/", 1)[-1].removesuffix(".toml"),
-        "nodes": nodes,
+        "nodes": count,
         "virtual_s": outcome.virtual_s,
         "events": outcome.events,
         "trace_hash": outcome.trace_hash,

@@ -14,17 +14,20 @@ from knode.simulation.scenario import (
     ClockJump,
     Cut,
     Fault,
+    Flapping,
     FullDisk,
     Kill,
+    OneWayCut,
     Partition,
     PowerCut,
     Revocation,
     RoleChange,
+    Sleep,
     Stop,
 )
+from knode.simulation.schedule import running_on
 from knode.simulation.world import SimulatedRandomness
 
-CLOCK_JUMP_S = 3600.0
 DISK_EVENTS = 12
 """A power cut strikes ahead of one of the disk's next twelve writes, when they come soon enough."""
 DISK_EVENT_WITHIN_S = 1.0
@@ -43,14 +46,14 @@ async def _once(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> No
             await _take_down(fault, cell, randomness)
         case Partition():
             await _split(fault, cell, randomness)
-        case Cut():
+        case Cut() | OneWayCut() | Flapping():
             if len(cell.hosts) > 1:
-                one = _choose(cell.hosts, randomness)
-                other = _choose([host for host in cell.hosts if host is not one], randomness)
-                await _cut_all(fault, cell, [(one, other)], randomness)
+                await _part(fault, cell, randomness)
+        case Sleep():
+            await _sleep(fault, cell, randomness)
         case ClockJump():
             host = _choose(cell.hosts, randomness)
-            jump_s = randomness.uniform(-CLOCK_JUMP_S, CLOCK_JUMP_S)
+            jump_s = randomness.uniform(*fault.by_s)
             host.clock.skew_s += jump_s
             try:
                 await trio.sleep(randomness.uniform(*fault.lasts_s))
@@ -93,6 +96,20 @@ async def _take_down(fault: Kill | PowerCut | Stop, cell: Cell, randomness: Simu
             host.is_in_trouble = False
 
 
+async def _sleep(fault: Sleep, cell: Cell, randomness: SimulatedRandomness) -> None:
+    free = [host for host, _ in cell.nodes() if not host.is_in_trouble]
+    if len(free) < 2:
+        return
+    host = _choose(free, randomness)
+    host.is_in_trouble = True
+    cell.put_to_sleep(host)
+    try:
+        await trio.sleep(randomness.uniform(*fault.lasts_s))
+    finally:
+        cell.wake(host)
+        host.is_in_trouble = False
+
+
 async def _cut_power(cell: Cell, host: Host, randomness: SimulatedRandomness) -> None:
     """Cut the power in the midst of the disk's work, or after a second without any."""
     struck = trio.Event()
@@ -128,7 +145,8 @@ async def _give_role(cell: Cell, host: Host, role: Role) -> None:
     owner = cell.hosts[0].node
     if owner is not None and host is not cell.hosts[0]:
         try:
-            await owner.membership.set_role(owner.membership.roster.find(host.name), role)
+            with running_on(cell.hosts[0].name):
+                await owner.membership.set_role(owner.membership.roster.find(host.name), role)
         except (KnodeError, trio.ClosedResourceError) as error:
             cell.trace.note(host.name, "role not changed", why=repr(error))
 
@@ -139,7 +157,8 @@ async def _revoke(cell: Cell, randomness: SimulatedRandomness) -> None:
     if owner is not None and len(members) > 1:
         host = _choose(members, randomness)
         try:
-            await owner.membership.revoke(owner.membership.roster.find(host.name))
+            with running_on(cell.hosts[0].name):
+                await owner.membership.revoke(owner.membership.roster.find(host.name))
             # An owner that died meanwhile has told nobody that it is done.
             host.is_revoked = cell.hosts[0].node is owner
             cell.trace.note(host.name, "is revoked", acknowledged=host.is_revoked)
@@ -151,6 +170,29 @@ async def _split(fault: Partition, cell: Cell, randomness: SimulatedRandomness) 
     side = {host.name: randomness.happens(0.5) for host in cell.hosts}
     pairs = [(a, b) for a in cell.hosts for b in cell.hosts if side[a.name] and not side[b.name]]
     await _cut_all(fault, cell, pairs, randomness)
+
+
+async def _part(fault: Cut | OneWayCut | Flapping, cell: Cell, randomness: SimulatedRandomness) -> None:
+    one = _choose(cell.hosts, randomness)
+    other = _choose([host for host in cell.hosts if host is not one], randomness)
+    match fault:
+        case Cut():
+            await _cut_all(fault, cell, [(one, other)], randomness)
+        case OneWayCut():
+            cell.cut_way(one, other)
+            try:
+                await trio.sleep(randomness.uniform(*fault.lasts_s))
+            finally:
+                cell.heal_way(one, other)
+        case Flapping():
+            with trio.move_on_after(randomness.uniform(*fault.lasts_s)):
+                while True:
+                    cell.cut(one, other)
+                    try:
+                        await trio.sleep(randomness.uniform(*fault.gone_s))
+                    finally:
+                        cell.heal(one, other)
+                    await trio.sleep(randomness.uniform(*fault.here_s))
 
 
 async def _cut_all(

@@ -18,6 +18,7 @@ from knode.mesh.membership import Membership
 from knode.node import Machine, Node
 from knode.node.node import open_database
 from knode.simulation.disk import SimulatedDisk
+from knode.simulation.schedule import MACHINE, put_to_sleep, wake
 from knode.simulation.trace import Trace, TracedLog
 from knode.simulation.volume import Event
 from knode.simulation.world import SimulatedBlocking, SimulatedClock, SimulatedRandomness
@@ -41,8 +42,9 @@ class Host:
         clock_skew_s: float,
     ) -> None:
         self.name = name
-        self.node: Node | None = None
-        """The node, while it is up."""
+        self.is_asleep = False
+        """Whether its node stands still, though it is up."""
+        self._node: Node | None = None
         self.failures: list[str] = []
         """Errors that ended a life of the node, or that it could not start with."""
         self.clock = SimulatedClock(clock_skew_s)
@@ -64,6 +66,11 @@ class Host:
         self._changed = trio.Event()
         self.is_living = False
         """Whether its process is there, up or not."""
+
+    @property
+    def node(self) -> Node | None:
+        """The node, while it is up and awake."""
+        return None if self.is_asleep else self._node
 
     @property
     def world(self) -> World:
@@ -103,6 +110,7 @@ class Host:
 
     async def _live(self) -> None:
         """Run one life of the process, until it is stopped or dies."""
+        MACHINE.set(self.name)
         world = self.world
         try:
             with self._life:
@@ -113,14 +121,14 @@ class Host:
                 node = await Node.open(world, self.home, settings, carriers, machine, self._log)
                 async with trio.open_nursery() as nursery:
                     await nursery.start(node.run)
-                    self.node = node
+                    self._node = node
                     self._tell()
                     await trio.sleep_forever()
         except Exception as error:
             self.failures.append(repr(error))
             self._trace.note(self.name, "the node failed", error=repr(error))
         finally:
-            self.node, self.is_living = None, False
+            self._node, self.is_living = None, False
             if self._after_crash is not None:
                 self.disk.close()
                 self.disk, self._after_crash = self._after_crash, None
@@ -144,9 +152,21 @@ class Host:
             self._after_crash = SimulatedDisk.restored(self.disk.snapshot())
         else:
             self._after_crash = self.disk.crash(self._fate)
-        self.node = None
+        self._node = None
         self._life.cancel()
         self._tell()
+
+    def sleep(self) -> None:
+        """Let the node stand still at this very moment, as SIGSTOP does; what comes for it waits."""
+        self._trace.note(self.name, "falls asleep")
+        self.is_asleep = True
+        put_to_sleep(self.name)
+
+    def wake(self) -> None:
+        """Let the node go on, as if no time had passed for it."""
+        self._trace.note(self.name, "wakes")
+        self.is_asleep = False
+        wake(self.name)
 
     def strike_at(self, disk_event: int, strike: Callable[[], None]) -> None:
         """Call `strike` in the midst of the disk's work: ahead of that write, sync or removal from now."""
@@ -160,7 +180,7 @@ class Host:
 
     async def until_started(self) -> None:
         """Return once the node is up, or its process has ended without."""
-        while self.is_living and self.node is None:
+        while self.is_living and self._node is None:
             await self._changed.wait()
 
     async def until_ended(self) -> None:

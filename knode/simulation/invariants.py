@@ -13,7 +13,9 @@ import trio
 
 from knode.errors import Code
 from knode.mesh.liveness import PeerState
+from knode.mesh.peer import Peer
 from knode.mesh.peers import CONVERSATIONS_A_PEER
+from knode.node import Node
 from knode.simulation.cell import Cell
 from knode.simulation.clients import History, answer_of
 from knode.simulation.stranger import Stranger
@@ -23,6 +25,7 @@ from knode.tasks.lifecycle import State
 TASKS_A_HOST = 64
 TASKS_A_PAIR = 64
 """trio tasks that a node may have alive, and as many again for each peer: far more would be a leak."""
+LOAD_KNOWN_S = 5.0
 ON_THEIR_WAY_S = 1.5
 """What was sent before a silence still arrives within this, however often it is lost."""
 
@@ -82,7 +85,7 @@ def anytime_queues_are_bounded(evidence: Evidence) -> Iterator[str]:
 
 
 def anytime_the_silent_are_found_dead(evidence: Evidence) -> Iterator[str]:
-    """Who could not be heard for `mesh.dead_after_s` and one keepalive is alive to nobody."""
+    """Who could not be heard for `mesh.dead_after_s` is alive to nobody."""
     now = trio.current_time()
     names = {host.name: host for host in evidence.cell.hosts}
     for (observer, observed), since in evidence.cell.silent_since.items():
@@ -90,13 +93,36 @@ def anytime_the_silent_are_found_dead(evidence: Evidence) -> Iterator[str]:
         if node is None or not node.membership.in_cell:
             continue
         mesh = node.settings.mesh
-        if now - since <= mesh.dead_after_s + mesh.keepalive_s + ON_THEIR_WAY_S:
+        if now - since <= mesh.dead_after_s + ON_THEIR_WAY_S:
             continue
         for member in node.membership.roster.members.values():
             if member.name == observed:
                 state = node.peers.peer(member.key).state
                 if state not in (PeerState.FAILED, PeerState.LEFT):
                     yield f"{observer} takes {observed} for {state} after too long a silence"
+
+
+def anytime_all_links_are_up(evidence: Evidence) -> Iterator[str]:
+    """Every node has a link to every other member."""
+    for host, node in evidence.cell.nodes():
+        for peer in node.peers.members():
+            if peer.conversation is None:
+                yield f"{host.name} has no link to {_name_of(peer, node)}"
+
+
+def anytime_no_link_is_lost(evidence: Evidence) -> Iterator[str]:
+    """No link ends."""
+    yield from evidence.history.lost_links
+
+
+def anytime_loads_are_known(evidence: Evidence) -> Iterator[str]:
+    """Every node heard within 5 seconds how busy each other member is."""
+    now = trio.current_time()
+    for host, node in evidence.cell.nodes():
+        for peer in node.peers.members():
+            conversation = peer.conversation
+            if conversation is None or peer.load is None or now - conversation.peer_load_at > LOAD_KNOWN_S:
+                yield f"{host.name} does not know how busy {_name_of(peer, node)} is"
 
 
 def eventually_all_see_all(evidence: Evidence) -> Iterator[str]:
@@ -157,11 +183,24 @@ def finally_what_was_not_sent_never_began(evidence: Evidence) -> Iterator[str]:
             yield f"task {each.task.id} is UNAVAILABLE and began {begun} times"
 
 
+def finally_loads_are_right(evidence: Evidence) -> Iterator[str]:
+    """What each node knows of how busy the others are is what they are."""
+    loads = {node.key.public: node.worker.load for _, node in evidence.cell.nodes()}
+    for host, node in evidence.cell.nodes():
+        for peer in node.peers.members():
+            if peer.load != loads.get(peer.key):
+                yield f"{host.name} takes {_name_of(peer, node)} to be {peer.load}"
+
+
 def finally_the_cell_has_worked(evidence: Evidence) -> Iterator[str]:
     """Some tasks succeeded on other nodes: a cell that does nothing keeps every other promise."""
     succeeded = [each for each in evidence.history.submitted if each.task.state is State.SUCCEEDED]
     if not any(each.task.node != each.origin for each in succeeded) and len(evidence.cell.hosts) > 1:
         yield "no task succeeded on another node"
+
+
+def _name_of(peer: Peer, node: Node) -> str:
+    return node.membership.roster.members[peer.key.raw].name
 
 
 INVARIANTS: Mapping[str, Invariant] = {
@@ -173,12 +212,16 @@ INVARIANTS: Mapping[str, Invariant] = {
         anytime_the_revoked_are_not_served,
         anytime_queues_are_bounded,
         anytime_the_silent_are_found_dead,
+        anytime_all_links_are_up,
+        anytime_no_link_is_lost,
+        anytime_loads_are_known,
         eventually_all_see_all,
         eventually_the_revoked_are_out,
         finally_every_task_has_ended,
         finally_answers_are_right,
         finally_nothing_of_attempts_is_left,
         finally_what_was_not_sent_never_began,
+        finally_loads_are_right,
         finally_the_cell_has_worked,
     )
 }

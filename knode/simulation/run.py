@@ -22,7 +22,6 @@ from knode.tasks.direct import ANSWER_GRACE_S
 from knode.tasks.folders import WAIT_S
 from knode.tasks.worker import SWEEP_S
 
-CHECK_EVERY_S = 0.5
 LOOK_EVERY_S = 0.1
 """How often it is asked whether all is well again."""
 HEALED_WITHIN_S = 30.0
@@ -103,13 +102,16 @@ class Run:
                 await cell.found()
                 lay_out_files(cell)
                 await self._settle(evidence)
-                nursery.start_soon(self._watch, evidence)
-                nursery.start_soon(stranger.run)
-                await self._storm(evidence)
-                self._progress("healed")
-                await self._settle(evidence)
-                last_deadline_s = self._scenario.clients.deadline_s[1] + ANSWER_GRACE_S
-                await trio.sleep(max(last_deadline_s, SWEPT_AFTER_S) + CHECK_EVERY_S)
+                history.lost_links.clear()
+                async with trio.open_nursery() as meanwhile:
+                    meanwhile.start_soon(self._watch, evidence)
+                    meanwhile.start_soon(stranger.run)
+                    await self._storm(evidence)
+                    self._progress("healed")
+                    await self._settle(evidence)
+                    last_deadline_s = self._scenario.clients.deadline_s[1] + ANSWER_GRACE_S
+                    await trio.sleep(max(last_deadline_s, SWEPT_AFTER_S) + self._scenario.check_every_s)
+                    meanwhile.cancel_scope.cancel()
                 self._check(evidence, "anytime_")
                 self._check(evidence, "finally_")
                 for host in cell.hosts:
@@ -144,7 +146,7 @@ class Run:
 
     async def _watch(self, evidence: Evidence) -> None:
         while True:
-            await trio.sleep(CHECK_EVERY_S)
+            await trio.sleep(self._scenario.check_every_s)
             self._check(evidence, "anytime_")
 
     async def _settle(self, evidence: Evidence) -> None:

@@ -16,9 +16,11 @@ FOLDER = Path(__file__).parent / "scenarios"
 """The scenarios that come with knode."""
 DEFAULT = "calm"
 LONGEST_S = 3600.0
+MOST_NODES = 64
 LIMIT_BYTES = 64 * 1024
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_S)]
+Jump = Annotated[float, msgspec.Meta(ge=-LONGEST_S, le=LONGEST_S)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=60_000)]
 Probability = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Span = tuple[Seconds, Seconds]
@@ -102,11 +104,35 @@ class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="ki
     lasts_s: Span
 
 
-class ClockJump(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="clock-jump"):
-    """A machine's wall clock goes wrong by up to an hour, and is set right again."""
+class OneWayCut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="one-way-cut"):
+    """Nothing passes from one node to another, and all that goes back."""
 
     every_s: Span
     lasts_s: Span
+
+
+class Flapping(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="flapping"):
+    """The network between two nodes goes and comes, again and again."""
+
+    every_s: Span
+    lasts_s: Span
+    gone_s: Span
+    here_s: Span
+
+
+class Sleep(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="sleep"):
+    """A node stands still, as a stopped process or a suspended laptop, and goes on later."""
+
+    every_s: Span
+    lasts_s: Span
+
+
+class ClockJump(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="clock-jump"):
+    """A machine's wall clock goes wrong, and is set right again."""
+
+    every_s: Span
+    lasts_s: Span
+    by_s: tuple[Jump, Jump] = (-3600.0, 3600.0)
 
 
 class FullDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="full-disk"):
@@ -131,7 +157,20 @@ class Revocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
     every_s: Span
 
 
-Fault = Kill | PowerCut | Stop | Partition | Cut | ClockJump | FullDisk | RoleChange | Revocation
+Fault = (
+    Kill
+    | PowerCut
+    | Stop
+    | Sleep
+    | Partition
+    | Cut
+    | OneWayCut
+    | Flapping
+    | ClockJump
+    | FullDisk
+    | RoleChange
+    | Revocation
+)
 
 
 class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -140,6 +179,10 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     what: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
     lasts_s: Seconds
     invariants: tuple[str, ...]
+    nodes: Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)] = 3
+    """How many, unless another number is asked for."""
+    check_every_s: Annotated[float, msgspec.Meta(ge=0.1, le=60)] = 0.5
+    """How often it is asked whether what must hold at any time does."""
     network: NetworkConditions = NetworkConditions()
     machines: MachineConditions = MachineConditions()
     clients: Clients = Clients()

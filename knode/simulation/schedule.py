@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from typing import TypeVar
 
 import trio
@@ -15,6 +17,10 @@ T = TypeVar("T")
 
 TURNS_WITHOUT_TIME = 100_000
 """So many turns of the loop at one moment are an endless loop: what is to be done at once takes hundreds."""
+
+
+MACHINE: ContextVar[str] = ContextVar("machine")
+"""The machine that a task runs on; its child tasks inherit it."""
 
 
 class Stalled(Exception):
@@ -43,6 +49,56 @@ def run_repeatably(main: Callable[[], Awaitable[T]], seed: int) -> T:
 
     with _seeded_scheduler(seed), _no_collector():
         return trio.run(watched, clock=MockClock(autojump_threshold=0), strict_exception_groups=True)
+
+
+@contextlib.contextmanager
+def running_on(machine: str) -> Iterator[None]:
+    """Let what this task does meanwhile, and the tasks that come of it, be the machine's."""
+    token = MACHINE.set(machine)
+    try:
+        yield
+    finally:
+        MACHINE.reset(token)
+
+
+def put_to_sleep(machine: str) -> None:
+    """Let no task of this machine run, though time goes on: as SIGSTOP does. Twice is an error."""
+    runner = _run.GLOBAL_RUN_CONTEXT.runner
+    if not isinstance(runner.runq, _WakefulTasks):
+        runner.runq = _WakefulTasks(runner.runq)
+    runner.runq.hold(machine)
+
+
+def wake(machine: str) -> None:
+    """Let the machine's tasks go on, in the order in which they became able to."""
+    tasks = _run.GLOBAL_RUN_CONTEXT.runner.runq
+    assert isinstance(tasks, _WakefulTasks), "nothing sleeps"
+    tasks.release(machine)
+
+
+class _WakefulTasks(deque[trio.lowlevel.Task]):
+    """The tasks that trio runs in its next turn; those of sleeping machines wait beside it."""
+
+    def __init__(self, tasks: deque[trio.lowlevel.Task]) -> None:
+        super().__init__(tasks)
+        self._held: dict[str, list[trio.lowlevel.Task]] = {}
+
+    def append(self, task: trio.lowlevel.Task) -> None:
+        """Take a task that can run."""
+        held = self._held.get(task.context.get(MACHINE, "")) if self._held else None
+        if held is None:
+            super().append(task)
+        else:
+            held.append(task)
+
+    def hold(self, machine: str) -> None:
+        """Keep the machine's tasks back from now on."""
+        assert machine not in self._held, f"{machine} sleeps already"
+        self._held[machine] = []
+
+    def release(self, machine: str) -> None:
+        """Let them run."""
+        self.extend(self._held.pop(machine))
 
 
 class _Turns(trio.abc.Instrument):

@@ -129,7 +129,10 @@ class MemoryLink:
             if not self._on_its_way and self._is_peer_gone():
                 self.vanish("the connection ended without a good-bye")
             else:
-                await self._wait_for_news()
+                # less than a parking lot: it is what a keepalive costs a simulation most
+                assert self._receiver is None, "one task receives at a time"
+                self._receiver = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(self._stop_receiving)
         frame = self._arrived.popleft()
         if frame is None:
             self.vanish("it was closed by the other end")
@@ -178,16 +181,9 @@ class MemoryLink:
         if self._senders:
             self._senders.unpark_all()
 
-    async def _wait_for_news(self) -> None:
-        """Wait until woken. Less than a parking lot, and half of what a keepalive costs a simulation."""
-
-        def abort(raise_cancel: object) -> trio.lowlevel.Abort:
-            self._receiver = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        assert self._receiver is None, "one task receives at a time"
-        self._receiver = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(abort)
+    def _stop_receiving(self, raise_cancel: object) -> trio.lowlevel.Abort:
+        self._receiver = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
     def _wake_receiver(self) -> None:
         if self._receiver is not None:
@@ -201,7 +197,7 @@ class MemoryLink:
 
     @property
     def _is_cut(self) -> bool:
-        return self._network.is_cut(self.host, self.peer.host)
+        return self._network.is_cut(self.peer.host, self.host)
 
     def _is_peer_closed(self) -> bool:
         return self.peer._closed_why is not None and not self._is_cut
@@ -361,7 +357,7 @@ class MemoryNetwork:
         # ends by the order of their making: whoever is iterated must not be ordered by id
         self._links: dict[int, MemoryLink] = {}
         self._links_made = 0
-        self._cuts: set[frozenset[str]] = set()
+        self._cuts: set[tuple[str, str]] = set()  # source, destination
         self._healed = trio.Event()
         # who receives something when; the times are also a heap
         self._arrivals: dict[float, list[MemoryLink]] = {}
@@ -374,20 +370,30 @@ class MemoryNetwork:
 
     def cut(self, a: str, b: str) -> None:
         """Let nothing pass between two hosts: frames stall, and dials time out."""
-        self._cuts.add(frozenset((a, b)))
+        self.cut_way(a, b)
+        self.cut_way(b, a)
 
     def heal(self, a: str, b: str) -> None:
         """Undo a cut. What stalled arrives now."""
-        self._cuts.discard(frozenset((a, b)))
+        self.heal_way(a, b)
+        self.heal_way(b, a)
+
+    def cut_way(self, source: str, destination: str) -> None:
+        """Let nothing pass from one host to the other, and all that goes back."""
+        self._cuts.add((source, destination))
+
+    def heal_way(self, source: str, destination: str) -> None:
+        """Undo a cut of one way. What stalled arrives now."""
+        self._cuts.discard((source, destination))
         self._healed.set()
         self._healed = trio.Event()
         for link in list(self._links.values()):
             link.arrive(trio.current_time())
             link.wake()
 
-    def is_cut(self, a: str, b: str) -> bool:
-        """Tell whether nothing passes between two hosts."""
-        return bool(self._cuts) and frozenset((a, b)) in self._cuts
+    def is_cut(self, source: str, destination: str) -> bool:
+        """Tell whether nothing passes from one host to the other."""
+        return bool(self._cuts) and (source, destination) in self._cuts
 
     def break_links(self, host: str) -> None:
         """Do what a crash of `host` does: its links end without a good-bye, and its ports are free.
@@ -418,9 +424,9 @@ class MemoryNetwork:
 
     async def connect(self, dialler: str, host: str, port: int) -> MemoryLink:
         """Return the near end of a new link. Raises LinkClosed when nobody takes the far one."""
-        for _ in range(2):  # there and back
+        for way in ((dialler, host), (host, dialler)):  # there and back
             await trio.sleep(self._delay())
-            while self.is_cut(dialler, host):
+            while self.is_cut(*way):
                 await self._healed.wait()
         listener = self._listeners.get((host, port))
         if listener is None:

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from knode.simulation.disk import SimulatedDisk
-from knode.simulation.schedule import Stalled, run_repeatably
+from knode.simulation.schedule import Stalled, put_to_sleep, run_repeatably, running_on, wake
 from knode.simulation.world import EPOCH_MS, SimulatedBlocking, SimulatedClock, SimulatedRandomness
 from knode.world.real import BLOCKING_AT_ONCE
 
@@ -39,6 +39,47 @@ def test_hours_pass_at_once() -> None:
         return trio.current_time()
 
     assert run_repeatably(sleep, 1) == 7200
+
+
+def test_a_sleeping_machine_does_nothing_while_time_goes_on_and_then_all_that_was_due() -> None:
+    async def main() -> tuple[list[tuple[str, float]], ...]:
+        done: dict[str, list[tuple[str, float]]] = {"a": [], "b": []}
+        news = trio.Event()
+
+        async def work(machine: str) -> None:
+            with running_on(machine):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(tick, machine)
+                    nursery.start_soon(wait_for_news, machine)
+
+        async def tick(machine: str) -> None:
+            for _ in range(4):
+                await trio.sleep(1)
+                done[machine].append(("tick", trio.current_time()))
+
+        async def wait_for_news(machine: str) -> None:
+            with trio.move_on_after(2.5) as waited:
+                await news.wait()
+            done[machine].append(("too late" if waited.cancelled_caught else "news", trio.current_time()))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work, "a")
+            nursery.start_soon(work, "b")
+            await trio.sleep(1.5)
+            put_to_sleep("a")
+            await trio.sleep(8.5)
+            news.set()
+            wake("a")
+        return done["a"], done["b"]
+
+    asleep, awake = run_repeatably(main, 1)
+    assert sorted(asleep, key=lambda each: each[1]) == [
+        ("tick", 1.0),
+        *sorted([("tick", 10.0), ("too late", 10.0)], key=lambda each: asleep.index(each)),
+        ("tick", 11.0),
+        ("tick", 12.0),
+    ]
+    assert awake == [("tick", 1.0), ("tick", 2.0), ("too late", 2.5), ("tick", 3.0), ("tick", 4.0)]
 
 
 def test_a_run_in_which_time_stands_still_ends_and_names_who_keeps_running() -> None:

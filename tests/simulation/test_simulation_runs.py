@@ -9,19 +9,30 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
 import pytest
+import trio
 
 from knode.cli import main as program
 from knode.errors import Code, KnodeError
 from knode.klp.answers import Answers, Fresh, Verdict
+from knode.klp.keepalive import Load
 from knode.klp.messages import Request
+from knode.mesh.heartbeat import Heartbeat
+from knode.mesh.liveness import Liveness, PeerState
 from knode.mesh.membership import Membership
+from knode.node import Node
 from knode.simulation import scenario as scenarios
 from knode.simulation.command import reproduction, simulate
 from knode.simulation.invariants import INVARIANTS
+from knode.simulation.run import Run
+from knode.simulation.world import SimulatedClock
 from knode.tasks.worker import Worker
+from knode.world import Monotonic
 
 SEEDS = (1, 2)
+LARGE = "fifty"
+"""Takes minutes; a part of it stands for it here."""
 SOME_SEEDS = range(1, 11)
 
 IDLE = """
@@ -35,11 +46,18 @@ every_s = [1000, 1000]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("scenario", scenarios.names())
+@pytest.mark.parametrize("scenario", [name for name in scenarios.names() if name != LARGE])
 def test_every_promise_is_kept(scenario: str, seed: int) -> None:
     outcome = simulate(seed=seed, nodes=3, scenario=scenario)
     assert outcome["violations"] == [], reproduction(seed, 3, scenario)
     assert outcome["tasks"]["succeeded"] > 50
+
+
+def test_a_large_cell_has_all_links_and_knows_all_loads() -> None:
+    short = msgspec.structs.replace(scenarios.load(LARGE), lasts_s=20)
+    outcome = Run(short, 1, nodes=16).run()
+    assert outcome.violations == ()
+    assert outcome.tasks["succeeded"] > 5
 
 
 # Each of these once found a bug, which is fixed.
@@ -131,6 +149,30 @@ def test_a_node_that_miscounts_is_found(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Worker, "attempt", miscount)
     assert "finally_answers_are_right" in broken_invariants("calm")
+
+
+def test_a_node_whose_links_follow_the_wall_clock_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def follow(self: SimulatedClock) -> Monotonic:
+        return Monotonic(trio.current_time() + max(0.0, self.skew_s))
+
+    monkeypatch.setattr(SimulatedClock, "monotonic", follow)
+    assert "anytime_no_link_is_lost" in broken_invariants("clocks")
+
+
+def test_a_node_that_tells_no_news_of_its_load_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Node, "_load", lambda self: Load(7, 0, 2, 0))
+    assert "finally_loads_are_right" in broken_invariants("clocks")
+
+
+def test_a_node_that_seldom_tells_its_load_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Heartbeat, "interval_s", 6.0)
+    monkeypatch.setattr(Liveness, "state", lambda self, now: PeerState.ALIVE)
+    assert broken_invariants("clocks") >= {"anytime_loads_are_known"}
+
+
+def test_a_node_that_takes_the_silent_for_alive_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Liveness, "state", lambda self, now: PeerState.ALIVE)
+    assert "anytime_the_silent_are_found_dead" in broken_invariants("sleep")
 
 
 def test_an_unknown_scenario_names_those_there_are() -> None:

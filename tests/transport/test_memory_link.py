@@ -64,6 +64,35 @@ async def test_a_cut_stalls_frames_and_a_heal_lets_them_through(autojump_clock: 
         assert await far.receive_frame() == b"into the cut"
 
 
+async def test_a_cut_of_one_way_stalls_that_way_alone(autojump_clock: MockClock) -> None:
+    network = network_of()
+    async with pair_in(network) as (near, far):
+        network.cut_way("a", "b")
+        await near.send_frame(b"into the cut")
+        await far.send_frame(b"back")
+        assert await near.receive_frame() == b"back"
+        with trio.move_on_after(3600) as scope:
+            await far.receive_frame()
+        assert scope.cancelled_caught
+        for dialler, dialled in (("a", "b:4747"), ("b", "a:4747")):  # there and back must both pass
+            with pytest.raises(KnodeError, match="no answer within 10 seconds"):
+                await network.carrier(dialler).dial(dialled)
+        network.heal_way("a", "b")
+        assert await far.receive_frame() == b"into the cut"
+
+
+async def test_a_grain_lets_frames_arrive_together_and_none_too_early(autojump_clock: MockClock) -> None:
+    coarse = MemorySettings(delay_seconds=(0.01, 0.03), grain_seconds=0.1)
+    async with pair_in(network_of(coarse)) as (near, far):
+        for number in range(20):
+            sent = trio.current_time()
+            await near.send_frame(bytes([number]))
+            assert await far.receive_frame() == bytes([number])
+            assert trio.current_time() >= sent + 0.01
+            assert trio.current_time() / 0.1 == pytest.approx(round(trio.current_time() / 0.1))
+            await trio.sleep(0.013)
+
+
 async def test_a_sender_into_a_cut_is_stopped_by_the_full_buffer(autojump_clock: MockClock) -> None:
     network = network_of(MemorySettings(buffer_frames=5))
     async with pair_in(network) as (near, far):

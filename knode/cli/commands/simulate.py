@@ -14,7 +14,9 @@ from knode.errors import EXIT_FAILED
 def simulate(
     context: typer.Context,
     seed: Annotated[int, typer.Option(metavar="S", min=0, help="The same seed gives the same run.")] = 1,
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, max=64, help="How many nodes.")] = 3,
+    nodes: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=64, help="How many nodes; the scenario says.")
+    ] = None,
     scenario: Annotated[
         str | None, typer.Option(metavar="X", help="Its name, or a file that ends in .toml.")
     ] = None,
@@ -27,7 +29,8 @@ def simulate(
     outcome = run(seed=seed, nodes=nodes, scenario=scenario, progress=session.note)
     session.show(outcome, _summary)
     if outcome["violations"]:
-        session.warn(f"again: {reproduction(seed, nodes, scenario)}")
+        again = reproduction(seed, outcome["nodes"], scenario)
+        session.warn(f"again: {again}")
         raise typer.Exit(EXIT_FAILED)
 
 
