@@ -11,11 +11,11 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-import trio
 
 from knode.cli import main as program
 from knode.errors import Code, KnodeError
 from knode.klp.answers import Answers, Fresh, Verdict
+from knode.klp.handshake import Established, Hello
 from knode.klp.keepalive import Load
 from knode.klp.messages import Request
 from knode.mesh.heartbeat import Heartbeat
@@ -26,9 +26,7 @@ from knode.simulation import scenario as scenarios
 from knode.simulation.command import reproduction, simulate
 from knode.simulation.invariants import INVARIANTS
 from knode.simulation.run import Run
-from knode.simulation.world import SimulatedClock
 from knode.tasks.worker import Worker
-from knode.world import Monotonic
 
 SEEDS = (1, 2)
 LARGE = "fifty"
@@ -151,11 +149,16 @@ def test_a_node_that_miscounts_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert "finally_answers_are_right" in broken_invariants("calm")
 
 
-def test_a_node_whose_links_follow_the_wall_clock_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def follow(self: SimulatedClock) -> Monotonic:
-        return Monotonic(trio.current_time() + max(0.0, self.skew_s))
+def test_a_node_that_judges_members_by_its_wall_clock_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    admit = Membership.admit
 
-    monkeypatch.setattr(SimulatedClock, "monotonic", follow)
+    def distrustful(self: Membership, peer: Established | Hello) -> None:
+        admit(self, peer)
+        contact = self.contacts.get(peer.key if isinstance(peer, Hello) else peer.peer.raw)
+        if contact is not None and contact.body.issued > self._world.clock.wall():
+            raise KnodeError(Code.EXPIRED, "its addresses are of tomorrow")
+
+    monkeypatch.setattr(Membership, "admit", distrustful)
     assert "anytime_no_link_is_lost" in broken_invariants("clocks")
 
 
