@@ -60,6 +60,9 @@ def run_daemon(home: Home, *, flags: Mapping[str, str], foreground: bool) -> int
             else:
                 log.logger.exception("node failed")
             raise error from group
+        except trio.TrioInternalError:  # a task that belongs to no nursery failed
+            log.logger.exception("node failed")
+            raise
         finally:
             log.close()
     return EXIT_OK

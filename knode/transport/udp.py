@@ -131,7 +131,7 @@ class UdpSocket:
         """Return whom the network says it cannot reach (ICMP), each with an `errno`, and forget it."""
         refused: list[tuple[SocketAddress, int]] = []
         if _LINUX:
-            with suppress(BlockingIOError):
+            with suppress(OSError):  # there is none, or no memory to tell of one
                 while True:
                     _, ancillary, _, remote = self.bound.recvmsg(
                         _ERROR_BYTES, _ANCILLARY_BYTES, socket.MSG_ERRQUEUE
