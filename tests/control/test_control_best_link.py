@@ -35,7 +35,7 @@ def test_quic_takes_over_where_tcp_is_no_longer_let_through(owner: Owner) -> Non
     owner.knode(desk, "up", "--detach")
     ticket = owner.knode(desk, "invite", "--no-wait")["ticket"]
     owner.knode(attic, "join", ticket, "--name", "attic")
-    assert owner.peer(desk)["link"] == "websocket"
+    until(lambda: owner.peer(desk)["link"] == "websocket")  # QUIC may be the faster on a busy machine
     for machine in (desk, attic):
         firewall(owner, machine, WITHOUT_TCP)
     until(lambda: owner.peer(desk)["link"] == "quic")
