@@ -122,6 +122,8 @@ class Host:
     ended: trio.Event = field(default_factory=trio.Event)
     error: BaseException | None = None
     running: Node | None = None
+    recovery: KeyPair | None = None
+    """Of the cell, where it was founded."""
 
     @property
     def node(self) -> Node:
@@ -242,6 +244,7 @@ async def _found(host: Host) -> None:
         membership = Membership(host.world, database, load_key(host.world, host.home.node_key), owner)
         await membership.load()
         await membership.found(recovery=recovery.public, name=host.name)
+        host.recovery = recovery
     finally:
         await database.aclose()
 

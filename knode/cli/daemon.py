@@ -85,6 +85,29 @@ def start_detached(home: Home, flags: Mapping[str, str]) -> int:
     return pid
 
 
+def await_restart(home: Home, uptime_s: float) -> None:
+    """Return once a daemon that restarts answers again.
+
+    Args:
+        home: the daemon's.
+        uptime_s: for how long it ran, before it was told to.
+
+    Raises:
+        KnodeError: TIMEOUT when it does not within 30 seconds.
+    """
+    begun = time.monotonic()
+    while (passed_s := time.monotonic() - begun) < START_TIMEOUT_S:
+        with contextlib.suppress(KnodeError), Client.connect(home) as client:
+            if client.call("status", silence_s=START_TIMEOUT_S)["uptime_s"] < uptime_s + passed_s:
+                return
+        time.sleep(_POLL_S)
+    raise KnodeError(
+        Code.TIMEOUT,
+        f"the daemon did not answer within {START_TIMEOUT_S:.0f} s of its restart",
+        command_for(home, "up", "--detach"),
+    )
+
+
 def stop(home: Home) -> int:
     """Ask the home's daemon to stop, wait until its process is gone, and return its process id.
 

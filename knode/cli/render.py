@@ -155,6 +155,14 @@ def members(document: Sequence[Document]) -> str:
     return _members(document)
 
 
+def recovered(document: Document) -> str:
+    """Show whose cell it is now, and who is in it."""
+    gone = ", ".join(member["name"] for member in document["revoked"])
+    lines = {"owner": document["name"], "revoked": gone or None}
+    shown = {key: text for key, text in lines.items() if text is not None}
+    return f"{fields(shown)}\n\n{_members(document['members'])}"
+
+
 def agents(document: Sequence[Document]) -> str:
     """Show one agent a line."""
     return table(

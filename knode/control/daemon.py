@@ -23,6 +23,7 @@ from knode.home.lock import hold_home, make_socket_folder
 from knode.home.logging import OpenLog, open_log
 from knode.identity import PublicKey
 from knode.identity.keystore import load_key
+from knode.node.keys import settle_keys
 from knode.node.node import Machine, Node
 from knode.transport import Carrier
 from knode.transport.certificate import make_certificate
@@ -39,6 +40,8 @@ from knode.world.real import real_world
 def run_daemon(home: Home, *, flags: Mapping[str, str], foreground: bool) -> int:
     """Run the node of `home` until SIGTERM, SIGINT or the `stop` method; return the exit code.
 
+    When the node is to be opened anew, with another key, the program runs itself again in this process.
+
     Raises:
         KnodeError: HOME_MISSING, HOME_TOO_NEW, HOME_DAMAGED, CONFIG_INVALID, LOCKED, PORT_IN_USE,
             DISK_FULL, DISK_READ_ONLY: then nothing runs and nothing was half-written.
@@ -52,7 +55,7 @@ def run_daemon(home: Home, *, flags: Mapping[str, str], foreground: bool) -> int
             world.disk.write(home.certificate, make_certificate(world.clock.wall()))
         log = open_log(world, home, configuration.values.log, terminal=sys.stderr if foreground else None)
         try:
-            trio.run(_serve, world, home, configuration, log, strict_exception_groups=True)
+            again = trio.run(_serve, world, home, configuration, log, strict_exception_groups=True)
         except BaseExceptionGroup as group:
             error = _first_named(group)
             if isinstance(error, KnodeError):
@@ -65,19 +68,32 @@ def run_daemon(home: Home, *, flags: Mapping[str, str], foreground: bool) -> int
             raise
         finally:
             log.close()
+    if again:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     return EXIT_OK
 
 
-async def _serve(world: World, home: Home, configuration: Configuration, log: OpenLog) -> None:
+async def _serve(world: World, home: Home, configuration: Configuration, log: OpenLog) -> bool:
+    """Run the node until it is stopped; return whether it is to be opened anew."""
     settings = configuration.values
+    again = False
     async with trio.open_nursery() as nursery:
 
         def stop() -> None:
             log.logger.info("node goes down")
             nursery.cancel_scope.cancel()
 
+        node_at_work = trio.CancelScope()
+
+        def restart() -> None:
+            nonlocal again
+            again = True
+            log.logger.info("node goes down, to be opened anew")
+            node_at_work.cancel()  # the socket stays meanwhile, so that whoever asked for it gets his answer
+
         # From here on a signal ends even a start in order.
         await nursery.start(_stop_at_signal, stop)
+        await settle_keys(world, home)
         choice = await _sandbox(world, home, settings.sandbox.prefer)
         machine = Machine(os.cpu_count() or 1, _busy_percent, choice.sandbox, choice.problems)
         carriers: dict[str, Carrier] = {
@@ -103,18 +119,25 @@ async def _serve(world: World, home: Home, configuration: Configuration, log: Op
         if partition is not None:
             _tell_owners(partition, node)
             nursery.start_soon(partition.run)
-        await nursery.start(node.run)
+
+        async def run_node(*, task_status: trio.TaskStatus[None]) -> None:
+            with node_at_work:
+                await node.run(task_status=task_status)
+            nursery.cancel_scope.cancel()
+
+        await nursery.start(run_node)
         await nursery.start(
             partial(
                 serve,
                 home.socket,
-                ControlMethods(node, log.lines, stop, partition).table(),
+                ControlMethods(node, log.lines, stop, restart, partition).table(),
                 hello={"protocol": PROTOCOL, "version": __version__},
                 on_fault=lambda method, error: log.logger.error(
                     "a command failed", method=method, exc_info=error
                 ),
             )
         )
+    return again
 
 
 def _libp2p(world: World, home: Home, settings: DiscoverySettings, log: OpenLog) -> Libp2pCarrier:

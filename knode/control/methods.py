@@ -6,6 +6,7 @@ No logic: a method decodes, calls one method of a room, and shapes the answer as
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,10 @@ from knode.control.parameters import (
     OfPartition,
     OfPath,
     OfPings,
+    OfRecovery,
+    OfRevocation,
     OfRole,
+    OfRotation,
     OfSubmission,
     OfTask,
     OfTicket,
@@ -35,6 +39,7 @@ from knode.mesh.roster import Member
 from knode.mesh.ticket import parse_ticket
 from knode.node.health import examine
 from knode.node.node import Node
+from knode.node.setup import parse_recovery_key
 from knode.node.status import iso, member_document, peer_details, peer_document, status
 from knode.tasks.direct import DEFAULT_DEADLINE_S, Submission
 from knode.tasks.task import Task
@@ -50,11 +55,17 @@ class ControlMethods:
     """The methods of one daemon."""
 
     def __init__(
-        self, node: Node, lines: Broadcast, stop: Callable[[], None], partition: Partition | None = None
+        self,
+        node: Node,
+        lines: Broadcast,
+        stop: Callable[[], None],
+        restart: Callable[[], None],
+        partition: Partition | None = None,
     ) -> None:
         self._node = node
         self._lines = lines
         self._stop = stop
+        self._restart = restart
         self._partition = partition
         self._registry_turn = trio.Lock()
 
@@ -72,7 +83,9 @@ class ControlMethods:
             "peer.ping": _typed(OfPings, self._ping_peer),
             "member.list": _typed(Nothing, self._list_members),
             "member.role": _typed(OfMemberRole, self._change_role),
-            "member.revoke": _typed(OfNode, self._revoke),
+            "member.revoke": _typed(OfRevocation, self._revoke),
+            "member.rotate": _typed(OfRotation, self._rotate),
+            "member.recover": _typed(OfRecovery, self._recover),
             "agent.list": _typed(Nothing, self._list_agents),
             "agent.show": _typed(OfAgent, self._show_agent),
             "agent.install": _typed(OfPath, self._install_agent),
@@ -172,7 +185,7 @@ class ControlMethods:
                 "role": m.role,
                 "state": member_document(self._node, m)["state"],
                 "joined_at": iso(m.joined),
-                "words": list(words[m.key.raw]) if m.key.raw in words else None,
+                "words": list(words[m.id.raw]) if m.id.raw in words else None,
             }
             for m in membership.roster.members.values()
         ]
@@ -181,10 +194,28 @@ class ControlMethods:
         member = await self._node.membership.set_role(self._member(of.node), of.role)
         return {"id": member.node_id, "name": member.name, "role": member.role}
 
-    async def _revoke(self, of: OfNode, notify: Notify) -> Any:
+    async def _revoke(self, of: OfRevocation, notify: Notify) -> Any:
         member = self._member(of.node)
-        await self._node.membership.revoke(member)
+        await self._node.membership.revoke(member, undo_since=_moment(of.undo_since))
         return {"id": member.node_id, "name": member.name, "revoked": True}
+
+    async def _rotate(self, of: OfRotation, notify: Notify) -> Any:
+        own = self._node.membership.own
+        key = await self._node.rotate(though_away=of.force)
+        self._restart()
+        return {"id": own.node_id, "name": own.name, "key": key.node_id}
+
+    async def _recover(self, of: OfRecovery, notify: Notify) -> Any:
+        lost = [self._member(node) for node in dict.fromkeys(of.revoke)]
+        recovery = parse_recovery_key(of.recovery_key)
+        await self._node.recover(recovery, lost=lost, undo_since=_moment(of.undo_since))
+        own = self._node.membership.own
+        return {
+            "id": own.node_id,
+            "name": own.name,
+            "revoked": [{"id": member.node_id, "name": member.name} for member in lost],
+            "members": await self._list_members(Nothing(), notify),
+        }
 
     # Agents.
 
@@ -331,6 +362,18 @@ class ControlMethods:
                 Code.INVALID_ARGUMENT, f"{member.name} is this node itself", "'knode status' shows it"
             )
         return member
+
+
+def _moment(text: str | None) -> int | None:
+    """Return a time as text in milliseconds of wall time; one without an offset is this machine's."""
+    if text is None:
+        return None
+    try:
+        return round(datetime.fromisoformat(text).timestamp() * 1000)
+    except (ValueError, OverflowError, OSError) as error:
+        raise KnodeError(
+            Code.INVALID_ARGUMENT, f"{text[:80]!r} is no time", "give it as 2026-11-22T14:30 or 2026-11-22"
+        ) from error
 
 
 def _typed(kind: type[T], method: Callable[[T, Notify], Awaitable[Any]]) -> Handler:

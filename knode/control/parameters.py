@@ -46,6 +46,27 @@ class OfPings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: Annotated[int, Meta(ge=1, le=100)] = 4
 
 
+class OfRevocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member, and since when what it did as an admin is undone (ISO 8601)."""
+
+    node: str
+    undo_since: str | None = None
+
+
+class OfRotation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whether the key is changed although a member is away."""
+
+    force: bool = False
+
+
+class OfRecovery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The recovery key as text, who is revoked, and since when all that was done is undone (ISO 8601)."""
+
+    recovery_key: Annotated[str, Meta(max_length=1024)]
+    revoke: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
+    undo_since: str | None = None
+
+
 class OfMemberRole(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A member and its new role."""
 

@@ -59,6 +59,15 @@ ALTER TABLE statement ADD COLUMN seen INTEGER NOT NULL DEFAULT 0;
 MIGRATIONS = (_TABLES, _SEEN)
 
 
+async def stored_statements(database: Database) -> list[SignedStatement]:
+    """Return the statements that a node has made durable."""
+
+    def read(connection: apsw.Connection) -> list[Any]:
+        return connection.execute("SELECT data FROM statement ORDER BY id").fetchall()
+
+    return [open_statement(data) for [data] in await database.read(read)]
+
+
 class Membership:
     """What this node knows of its cell. One writer: the node's own tasks."""
 

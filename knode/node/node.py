@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import trio
@@ -11,7 +11,7 @@ from knode import __version__
 from knode.agents.registry import Registry
 from knode.agents.runtime import Runner
 from knode.agents.sandbox import Sandbox
-from knode.errors import KnodeError
+from knode.errors import Code, KnodeError
 from knode.home.configuration import Settings
 from knode.home.layout import Home
 from knode.identity import KeyPair, PublicKey
@@ -21,15 +21,18 @@ from knode.mesh.contact import MAX_ADDRESSES, Contact, SignedContact, sign_conta
 from knode.mesh.discovery import Announcer, Discovery
 from knode.mesh.gossip import Gossip
 from knode.mesh.joining import Joining, Welcome
+from knode.mesh.liveness import PeerState
 from knode.mesh.lookup import Finder, Lookup
 from knode.mesh.membership import MIGRATIONS, Membership
 from knode.mesh.methods import Methods
 from knode.mesh.peers import Peers
 from knode.mesh.pinging import Pinging
 from knode.mesh.reaching import Reaching
+from knode.mesh.roster import Member
 from knode.mesh.statements import Role
 from knode.mesh.ticket import Ticket
 from knode.mesh.ways import fitting
+from knode.node.keys import install_next_key, make_next_key
 from knode.storage import Database
 from knode.tasks.direct import DirectTasks
 from knode.tasks.folders import Folders
@@ -123,6 +126,7 @@ class Node:
         self._listeners: list[Listener] = []
         self._going_down = trio.Event()
         self._joining = trio.Lock()
+        self._changing_keys = trio.Lock()
 
     @classmethod
     async def open(
@@ -239,6 +243,42 @@ class Node:
         await self._tell_contact()
         return welcome
 
+    async def rotate(self, *, though_away: bool = False) -> PublicKey:
+        """Give this node another key; see `Membership.rotate`. It must be opened again to use it.
+
+        Stopped in between, it has the key that others were told: `settle_keys`.
+
+        Args:
+            though_away: also while a member is away. It knows neither key for this node's then, until it
+                hears of the change from another member.
+
+        Raises:
+            KnodeError: UNAVAILABLE when a member is away; as `Membership.rotate`; DISK_FULL, DISK_READ_ONLY.
+        """
+        path = self.home.node_key
+        async with self._changing_keys:
+            away = [p for p in self.peers.members() if p.state is not PeerState.ALIVE]
+            if away and not though_away:
+                names = ", ".join(self.membership.roster.members[p.key.raw].name for p in away)
+                raise KnodeError(
+                    Code.UNAVAILABLE,
+                    f"{names} would not know this node any more: not here now",
+                    "wait until all members are here, or revoke who never comes back; --force leaves it to "
+                    "the other members to tell them",
+                )
+            new = await self.world.blocking.run(lambda: make_next_key(self.world, path))
+            await self.membership.rotate(new)
+            await self.world.blocking.run(lambda: install_next_key(self.world, path))
+        return new.public
+
+    async def recover(self, recovery: KeyPair, *, lost: Collection[Member], undo_since: int | None) -> None:
+        """Make this the owner's node; see `Membership.recover`. Stopped in between, as `rotate`."""
+        path = self.home.owner_key
+        async with self._changing_keys:
+            new = await self.world.blocking.run(lambda: make_next_key(self.world, path))
+            await self.membership.recover(recovery, new, lost=lost, undo_since=undo_since)
+            await self.world.blocking.run(lambda: install_next_key(self.world, path))
+
     def _load(self) -> Load:
         load = self.worker.load
         return Load(load.running, load.queued, load.capacity, self.machine.busy_percent())
@@ -258,8 +298,8 @@ class Node:
         if not self.membership.in_cell:
             return
         last = self.membership.contacts.get(self.key.public.raw)
-        told = None if last is None else (last.body.addresses, last.body.version)
-        if told == (fitting(self.addresses, MAX_ADDRESSES), __version__):
+        told = None if last is None else (last.body.key, last.body.addresses, last.body.version)
+        if told == (self.key.public.raw, fitting(self.addresses, MAX_ADDRESSES), __version__):
             return
         try:
             self.gossip.push_contacts(await self.membership.add_contacts([self._contact()]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import trio
 
+from knode.errors import Code, KnodeError
 from knode.home import folder
 from knode.home.configuration import set_value
 from knode.home.layout import Home
@@ -21,6 +22,7 @@ from knode.world import World
 from knode.world.real import real_world
 
 RECOVERY_PREFIX = "knode-recovery-"
+_RECOVERY_KEY = re.compile(rf"(?:{RECOVERY_PREFIX})?([0-9a-f]{{64}})")
 
 
 def machine_name() -> str:
@@ -82,6 +84,22 @@ def initialise(home: Home, *, name: str | None, flags: Mapping[str, str]) -> dic
         "home": str(home.path),
         "recovery_key": RECOVERY_PREFIX + recovery.seed.hex(),
     }
+
+
+def parse_recovery_key(text: str) -> KeyPair:
+    """Return the recovery key that `initialise` told, as somebody typed it: spaces and case do not matter.
+
+    Raises:
+        KnodeError: INVALID_ARGUMENT. Its text does not repeat what was given.
+    """
+    found = _RECOVERY_KEY.fullmatch("".join(text.lower().split()))
+    if found is None:
+        raise KnodeError(
+            Code.INVALID_ARGUMENT,
+            "this is no recovery key",
+            f"type the line that 'knode init' showed: {RECOVERY_PREFIX} and 64 digits and letters a to f",
+        )
+    return KeyPair(bytes.fromhex(found[1]))
 
 
 def _make(world: World, home: Home, flags: Mapping[str, str]) -> KeyPair:

@@ -23,8 +23,8 @@ def status(node: Node) -> dict[str, Any]:
     in_cell = membership.in_cell
     own = membership.roster.members.get(node.key.public.raw) if in_cell else None
     return {
-        "node_id": node.key.node_id,
-        "did": node.key.public.did,
+        "node_id": own.node_id if own else node.key.node_id,
+        "did": own.id.did if own else node.key.public.did,
         "name": own.name if own else node.settings.node.name,
         "cell_id": membership.roster.cell_id.hex() if in_cell else None,
         "role": own.role if own else None,
@@ -157,6 +157,11 @@ def _warnings(node: Node) -> list[str]:
                 warnings.append(
                     f"{name} refuses this node ({peer.refusal.message}): {peer.refusal.next_step}"
                 )
+        for member in membership.roster.contested.values():
+            warnings.append(
+                f"{member.name} is out: two keys claim to be its next one, so someone else has its key: "
+                f"'knode member revoke {member.name}', then invite it again"
+            )
         lost = [p for p in node.peers.members() if p.state is PeerState.FAILED]
         if lost:
             names = ", ".join(membership.roster.members[p.key.raw].name for p in lost)

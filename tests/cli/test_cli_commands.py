@@ -337,6 +337,60 @@ def test_a_ticket_of_odd_bytes_is_a_wrong_one(process: Any, tmp_path: Path) -> N
     assert "Traceback" not in err
 
 
+RECOVERED = {
+    "id": "12D3KooWAAAABBBB",
+    "name": "attic",
+    "revoked": [{"id": "12D3KooWCCCCDDDD", "name": "desk"}],
+    "members": [
+        {
+            "id": "12D3KooWAAAABBBB",
+            "name": "attic",
+            "role": "worker",
+            "state": "alive",
+            "joined_at": "2026-11-22T14:48:40Z",
+            "words": None,
+        }
+    ],
+}
+
+
+def test_the_recovery_key_comes_from_standard_input_and_from_no_argument(process: Any, daemon: Any) -> None:
+    daemon.results["member.recover"] = RECOVERED
+    words = ["member", "recover", "--revoke", "desk", "--revoke", "barn", "--undo-since", "2026-11-22"]
+    with process(*words) as run:
+        out, err = run.communicate("knode-recovery-00ff\n", timeout=60)
+    assert run.returncode == 0, err
+    assert last_params(daemon) == {
+        "recovery_key": "knode-recovery-00ff\n",
+        "revoke": ["desk", "barn"],
+        "undo_since": "2026-11-22",
+    }
+    assert out.splitlines()[:2] == ["owner    attic", "revoked  desk"]
+    assert "00ff" not in out + err
+
+
+def test_the_recovery_key_is_no_argument(knode: Any, daemon: Any) -> None:
+    assert knode("member", "recover", "knode-recovery-00ff").code == 2
+    assert daemon.asked == []
+
+
+def test_a_revocation_says_since_when_all_is_undone(knode: Any, daemon: Any) -> None:
+    daemon.results["member.revoke"] = {"id": "12D3KooWAAAABBBB", "name": "attic", "revoked": True}
+    assert knode("member", "revoke", "attic").code == 0
+    assert last_params(daemon) == {"node": "attic"}
+    assert knode("member", "revoke", "attic", "--undo-since", "2026-11-22T14:30").code == 0
+    assert last_params(daemon) == {"node": "attic", "undo_since": "2026-11-22T14:30"}
+
+
+def test_a_rotation_returns_when_the_daemon_is_back(knode: Any, daemon: Any) -> None:
+    daemon.results["status"] = {"uptime_s": 0}  # as of a daemon that has just been started
+    daemon.results["member.rotate"] = {"id": "12D3KooWAAAABBBB", "name": "attic", "key": "12D3KooWCCCCDDDD"}
+    run = knode("member", "rotate", "--force", "--json")
+    assert run.code == 0
+    assert json.loads(run.out) == daemon.results["member.rotate"]
+    assert ("member.rotate", {"force": True}) in daemon.asked
+
+
 def test_a_wrong_ticket_makes_no_home(knode: Any, home: Home) -> None:
     run = knode("join", "not-a-ticket", "--json")
     assert (run.code, json.loads(run.out)["error"]["code"]) == (2, "INVALID_ARGUMENT")

@@ -11,6 +11,8 @@ from trio.testing import MockClock
 
 from knode.control.methods import ControlMethods
 from knode.errors import Code, KnodeError
+from knode.identity import KeyPair
+from knode.mesh.statements import sign_rotation
 
 NEEDS = {
     "status": {},
@@ -25,6 +27,8 @@ NEEDS = {
     "member.list": {},
     "member.role": {"node": "n", "role": "voter"},
     "member.revoke": {"node": "n"},
+    "member.rotate": {},
+    "member.recover": {"recovery_key": "k"},
     "agent.list": {},
     "agent.show": {"agent": "a"},
     "agent.install": {"path": "/p"},
@@ -44,11 +48,15 @@ class Daemon:
 
     def __init__(self, host: Host) -> None:
         self.stopped = False
+        self.restarted = False
         self.steps: list[dict[str, Any]] = []
-        self._table = ControlMethods(host.node, host.log.lines, self._stop).table()
+        self._table = ControlMethods(host.node, host.log.lines, self._stop, self._restart).table()
 
     def _stop(self) -> None:
         self.stopped = True
+
+    def _restart(self) -> None:
+        self.restarted = True
 
     @property
     def methods(self) -> set[str]:
@@ -94,6 +102,10 @@ async def test_every_method_refuses_what_it_does_not_take(autojump_clock: MockCl
         ("task.submit", {"agent": TEXT, "direct": True, "artifacts": "/file"}),
         ("task.submit", {"agent": TEXT, "direct": True, "deadline_s": "soon"}),
         ("task.submit", {"agent": "k" * 65, "direct": True}),
+        ("member.rotate", {"force": "yes"}),
+        ("member.revoke", {"node": "desk", "undo_since": "yesterday"}),
+        ("member.recover", {"recovery_key": "five words and no more"}),
+        ("member.recover", {"recovery_key": "knode-recovery-" + "g" * 64}),
     ],
 )
 async def test_values_out_of_bounds_are_refused(
@@ -398,3 +410,109 @@ async def test_new_log_lines_come_live(autojump_clock: MockClock, cell: Cell) ->
             desk.log.logger.info("one")
             desk.log.logger.info("two")
     assert [step["line"] for step in daemon.steps] == desk.lines[-2:]
+
+
+def recovery_line(host: Host) -> str:
+    assert host.recovery is not None
+    return f"knode-recovery-{host.recovery.seed.hex()}"
+
+
+async def test_a_node_rotates_its_key_and_keeps_its_id(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    before, daemon = attic.node.key.node_id, Daemon(attic)
+    changed = await daemon.call("member.rotate")
+    assert daemon.restarted
+    assert not daemon.stopped
+    assert (changed["id"], changed["name"]) == (before, "attic")
+    assert changed["key"] != before
+    await cell.stop(attic)
+    await cell.start(attic)
+    await cell.until_whole()
+    assert attic.node.key.node_id == changed["key"]
+    assert (await Daemon(attic).call("status"))["node_id"] == before
+    assert [peer["id"] for peer in await Daemon(desk).call("peer.list")] == [before]
+    assert (await Daemon(desk).call("peer.show", node=before))["state"] == "alive"
+    task = await desk.settle("say it works", on=before)
+    assert task.document()["result"] == "it works"
+    assert (await Daemon(desk).call("member.list"))[0]["words"] is not None  # of the join with its first key
+
+
+async def test_a_key_is_rotated_while_all_are_here_or_by_force(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic, barn = [await cell.add(name) for name in ("desk", "attic", "barn")]
+    await cell.stop(barn)
+    daemon = Daemon(attic)
+    assert "barn" in await daemon.refused(Code.UNAVAILABLE, "member.rotate")
+    assert not daemon.restarted
+    assert (await daemon.call("status"))["role"] == "worker"
+    await daemon.call("member.rotate", force=True)
+    await cell.stop(attic)
+    await cell.start(attic)
+    await cell.start(barn)
+    await cell.until_whole()
+    assert barn.node.membership.roster.find("attic").key == attic.node.key.public
+    await Daemon(desk).call("member.rotate")
+
+
+async def test_the_agents_that_a_node_published_run_with_its_new_key(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk = await cell.add("desk")
+    publisher = desk.node.key.public
+    await Daemon(desk).call("member.rotate")
+    await cell.stop(desk)
+    await cell.start(desk)
+    assert desk.node.key.public != publisher
+    assert desk.node.membership.roster.holders[publisher.raw] == desk.node.membership.own
+    assert desk.node._is_publisher_trusted(publisher)
+
+
+async def test_a_cell_is_recovered_on_another_node(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic, barn = [await cell.add(name) for name in ("desk", "attic", "barn")]
+    daemon, line = Daemon(attic), recovery_line(desk)
+    wrong = line[:-1] + ("0" if line[-1] != "0" else "1")
+    assert "not the recovery key" in await daemon.refused(
+        Code.NOT_ALLOWED, "member.recover", recovery_key=wrong
+    )
+    await daemon.refused(Code.NOT_FOUND, "member.recover", recovery_key=line, revoke=["shed"])
+    await daemon.refused(Code.NOT_ALLOWED, "member.recover", recovery_key=line, revoke=["attic"])
+    await daemon.refused(
+        Code.INVALID_ARGUMENT, "member.recover", recovery_key=line, undo_since="2001-01-01T00:00Z"
+    )
+    assert not attic.node.world.disk.exists(attic.home.owner_key)
+    typed = f"  {line[:40].upper()} {line[40:]}\n"
+    recovered = await daemon.call("member.recover", recovery_key=typed, revoke=["desk"])
+    assert recovered["name"] == "attic"
+    assert [member["name"] for member in recovered["revoked"]] == ["desk"]
+    assert [member["name"] for member in recovered["members"]] == ["attic", "barn"]
+    await cell.until(lambda: "desk" not in [m.name for m in barn.node.membership.roster.members.values()])
+    await daemon.call("invite", role="admin")
+    await daemon.call("member.role", node="barn", role="admin")
+    # Opened anew, the node still owns the cell.
+    await cell.stop(attic)
+    await cell.start(attic)
+    await Daemon(attic).call("member.revoke", node="barn")
+    assert line not in "".join(attic.lines)
+    await cell.until(lambda: any(p.refusal is not None for p in desk.node.peers.members()))
+    warnings = (await Daemon(desk).call("status"))["warnings"]
+    assert any("this node was revoked" in warning for warning in warnings)
+
+
+async def test_a_contested_member_is_shown_until_it_is_revoked(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    own = attic.node.membership.own
+    theft = sign_rotation(
+        attic.node.key,
+        KeyPair(bytes(32)),
+        era=attic.node.membership.roster.era,
+        member=own.id.raw,
+        kept=(),
+        issued=1,
+    )
+    await Daemon(attic).call("member.rotate")
+    await cell.until(lambda: own.key.raw in desk.node.membership.roster.replaced)
+    await desk.node.membership.add([theft])
+    await cell.until(lambda: bool(desk.node.membership.roster.contested))
+    [warning] = [w for w in (await Daemon(desk).call("status"))["warnings"] if "attic" in w]
+    assert "knode member revoke attic" in warning
+    await Daemon(desk).call("member.revoke", node="attic")
+    assert (await Daemon(desk).call("status"))["warnings"] == []

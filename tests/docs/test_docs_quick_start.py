@@ -209,6 +209,7 @@ def test_a_line_that_the_readme_shows_wrongly_is_found() -> None:
 def test_documents_have_the_shape_that_the_page_shows(played: Played) -> None:
     home, laptop, third = played.machines["home"], played.machines["laptop"], played.machines["third"]
     ticket = home.call("invite")
+    [recovery] = [line.split()[-1] for line in played.step("knode init").printed if "recovery" in line][:1]
     seen = {
         "knode up": home.document("up", "--detach"),
         "knode status": home.call("status"),
@@ -217,6 +218,8 @@ def test_documents_have_the_shape_that_the_page_shows(played: Played) -> None:
         "knode peer list": home.call("peer.list"),
         "knode doctor": home.document("doctor"),
         "knode peer ping": home.call("peer.ping", node="laptop", count=2),
+        "knode member rotate": third.document("member", "rotate", "--force"),
+        "knode member recover": home.call("member.recover", recovery_key=recovery),
         "knode member role": home.call("member.role", node="third", role="observer"),
         "knode member revoke": home.call("member.revoke", node="third"),
         "knode agent list": home.call("agent.list"),

@@ -51,7 +51,7 @@ def test_the_table_of_the_sockets_methods_is_that_of_the_daemon() -> None:
         for row in rows(page("docs/cli.md").section("The socket"))
         for method in codes(row[0])
     }
-    table = ControlMethods(cast(Any, None), cast(Any, None), lambda: None).table()
+    table = ControlMethods(cast(Any, None), cast(Any, None), lambda: None, lambda: None).table()
     assert set(documented) == set(table)
     for method, handler in table.items():
         fields = msgspec.structs.fields(inspect.getclosurevars(handler).nonlocals["kind"])

@@ -135,7 +135,7 @@ async def test_a_machine_without_a_sandbox_warns_and_offers_only_what_it_can_run
         await nursery.start(node.run)
         assert any("no sandbox holds here" in warning for warning in status(node)["warnings"])
         assert node.offers.of(node.key.public) == {"kExecutor:text"}
-        listed = await ControlMethods(node, desk.log.lines, lambda: None).table()["agent.list"](
+        listed = await ControlMethods(node, desk.log.lines, lambda: None, lambda: None).table()["agent.list"](
             {}, lambda _: None
         )
         states = {agent["id"]: (agent["state"], agent["problem"] is None) for agent in listed}

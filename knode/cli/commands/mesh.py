@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from getpass import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,11 +15,20 @@ import typer
 from knode.cli import render
 from knode.cli.commands.node import Host, Port, network_flags
 from knode.cli.session import Session, session_of
+from knode.errors import Code, KnodeError
 
 if TYPE_CHECKING:
     from knode.home.layout import Home
 
 Node = Annotated[str, typer.Argument(help="A node's name, its id, or the beginning of its id.")]
+UndoSince = Annotated[
+    str | None,
+    typer.Option(
+        "--undo-since",
+        metavar="TIME",
+        help="Undo what this node heard of since then, as 2026-11-22T14:30; local time unless it says else.",
+    ),
+]
 RoleName = Literal["admin", "worker", "voter", "observer"]
 
 peer = typer.Typer(help="The nodes that this one talks to.")
@@ -132,10 +142,62 @@ def change_role(
 
 
 @member.command("revoke")
-def revoke_member(context: typer.Context, node: Node) -> None:
-    """Take a member out of the cell for ever."""
+def revoke_member(context: typer.Context, node: Node, undo_since: UndoSince = None) -> None:
+    """Take a member out of the cell for ever; with --undo-since also what it did as an admin."""
     session = session_of(context)
-    session.show(session.call("member.revoke", {"node": node}), _done)
+    params = {"node": node} if undo_since is None else {"node": node, "undo_since": undo_since}
+    session.show(session.call("member.revoke", params), _done)
+
+
+@member.command("rotate")
+def rotate_key(
+    context: typer.Context,
+    force: Annotated[
+        bool, typer.Option("--force", help="Although a member is away: others have to tell it.")
+    ] = False,
+) -> None:
+    """Give this node another key: it restarts, and keeps its id, name and role."""
+    from knode.cli.daemon import await_restart
+
+    session = session_of(context)
+    with session.connect() as client:
+        begun = client.call("status")["uptime_s"]
+        changed = client.call("member.rotate", {"force": force})
+    session.note("restarting with the new key")
+    await_restart(session.home, begun)
+    session.show(changed, _done)
+
+
+@member.command("recover")
+def recover_cell(
+    context: typer.Context,
+    revoke: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--revoke", metavar="NODE", help="Revoke this member in the same step; may be repeated."
+        ),
+    ] = None,
+    undo_since: UndoSince = None,
+) -> None:
+    """Make this the owner's node, with the recovery key: asked for, or read from standard input."""
+    session = session_of(context)
+    params: dict[str, Any] = {"recovery_key": _recovery_key(session), "revoke": revoke or []}
+    if undo_since is not None:
+        params["undo_since"] = undo_since
+    session.show(session.call("member.recover", params), render.recovered)
+
+
+def _recovery_key(session: Session) -> str:
+    """Return the recovery key as text: never an argument, which others on the machine could see."""
+    if not sys.stdin.isatty():
+        return sys.stdin.read(1024)
+    if session.options.no_input:
+        raise KnodeError(
+            Code.INVALID_ARGUMENT,
+            "the recovery key was not given",
+            "put it on standard input: 'knode member recover < FILE'",
+        )
+    return getpass("recovery key (not shown): ")
 
 
 def _done(document: Any) -> str:
