@@ -11,7 +11,7 @@ setup: $(STAMP)
 # --clear: nothing stays of another Python or an older lock. The lock is complete, so nothing is resolved:
 # --no-deps makes a forgotten pin fail here, not later.
 $(STAMP): requirements.lock pyproject.toml
-	@echo "setting up $(VENV) (about half a minute)"
+	@echo "setting up $(VENV) (about a minute)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "knode needs Python 3.11 to 3.13, this is %d.%d: make PYTHON=python3.13" % sys.version_info[:2])'
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
