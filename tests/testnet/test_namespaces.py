@@ -112,7 +112,8 @@ def ask(
 
 def test_neighbours_reach_each_other_by_both_versions_of_ip(town: Namespaces) -> None:
     for host, seen in (("11.0.0.11", "::ffff:11.0.0.14"), ("2a0b::b", "2a0b::e")):
-        assert [who for _, who in ask(town, "node4", host, 50)] == [seen]
+        # The wire of node4 loses the questions for neighbours, too, and the system gives up after three.
+        assert until(lambda host=host: ask(town, "node4", host, 50))[0][1] == seen  # type: ignore[misc]
 
 
 def test_a_bad_wire_delays_and_loses_in_both_directions(town: Namespaces) -> None:
