@@ -18,7 +18,7 @@ from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
 from knode.transport.binding import dialable
 from knode.transport.libp2p_address import PeerAddress, direct_address, parse_peer_address
-from knode.transport.link import Accept, Link, LinkClosed
+from knode.transport.link import Accept, Link, serve_link
 from knode.transport.tcp import bind_tcp
 from knode.world import Log, World
 
@@ -111,10 +111,8 @@ class Libp2pListener:
 
         async def handle(link: Libp2pLink) -> None:
             try:
-                with suppress(LinkClosed):  # how every link ends
-                    await accept(link)
+                await serve_link(link, accept)
             finally:
-                await link.aclose()
                 host.release(link.connection)
 
         async def take_stream(stream: MuxedStream) -> None:

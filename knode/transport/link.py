@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -108,6 +109,15 @@ class Link(Protocol):
 Accept = Callable[[Link], Awaitable[None]]
 """What a listener calls with each new link, in a task of its own. The link is closed when it returns or
 raises LinkClosed; any other error is the caller's and ends `serve`."""
+
+
+async def serve_link(link: Link, accept: Accept) -> None:
+    """Give a link to `accept` and close it afterwards, as `Accept` promises, whatever the end was."""
+    try:
+        with suppress(LinkClosed):  # how every link ends
+            await accept(link)
+    finally:
+        await link.aclose()
 
 
 class Listener(Protocol):

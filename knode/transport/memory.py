@@ -17,7 +17,7 @@ import trio
 
 from knode.errors import Code, KnodeError
 from knode.transport.address import is_host_and_port, join_address, split_address
-from knode.transport.link import MAX_FRAME_BYTES, Accept, LinkClosed, LinkStatistics
+from knode.transport.link import MAX_FRAME_BYTES, Accept, LinkClosed, LinkStatistics, serve_link
 from knode.world import Randomness
 
 OPENING_SECONDS = 10
@@ -262,17 +262,10 @@ class MemoryListener:
     async def serve(self, accept: Accept) -> None:
         """Accept links; see `Listener.serve`. After `aclose`, returns when the last link is done."""
 
-        async def handle(link: MemoryLink) -> None:
-            try:
-                with suppress(LinkClosed):  # how every link ends
-                    await accept(link)
-            finally:
-                await link.aclose()
-
         async with trio.open_nursery() as links:
             with self._accepting:
                 async for link, answered in self._offered:
-                    links.start_soon(handle, link)
+                    links.start_soon(serve_link, link, accept)
                     answered.set()
 
     async def aclose(self) -> None:

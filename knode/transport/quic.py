@@ -13,7 +13,7 @@ from knode.errors import Code, KnodeError
 from knode.transport.address import is_host_and_port, join_address, split_address
 from knode.transport.binding import bind, dialable
 from knode.transport.certificate import binding_of, damaged
-from knode.transport.link import Accept, LinkClosed
+from knode.transport.link import Accept, serve_link
 from knode.transport.quic_connection import client_configuration, server_configuration
 from knode.transport.quic_endpoint import OPENING_SECONDS, EndpointStatistics, QuicEndpoint
 from knode.transport.quic_link import CLOSED_AT_ONCE, QuicLink
@@ -71,17 +71,10 @@ class QuicListener:
     async def serve(self, accept: Accept) -> None:
         """Accept links; see `Listener.serve`. After `aclose`, returns when the last link is done."""
 
-        async def handle(link: QuicLink) -> None:
-            try:
-                with suppress(LinkClosed):  # how every link ends
-                    await accept(link)
-            finally:
-                await link.aclose()
-
         async with trio.open_nursery() as links:
             with self._accepting:
                 while True:
-                    links.start_soon(handle, await self._waiting.receive())
+                    links.start_soon(serve_link, await self._waiting.receive(), accept)
 
     async def aclose(self) -> None:
         """Stop listening; see `Listener.aclose`. Open links stay open, and the port is theirs."""

@@ -32,7 +32,7 @@ from knode.transport.certificate import (
     damaged,
     server_context,
 )
-from knode.transport.link import MAX_FRAME_BYTES, Accept, LinkClosed
+from knode.transport.link import MAX_FRAME_BYTES, Accept, serve_link
 from knode.transport.openings import Openings
 from knode.transport.strangers import StrangerLines
 from knode.transport.tcp import bind_tcp, prepare_tcp
@@ -152,13 +152,8 @@ class WebSocketListener:
 
         async def handle(stream: trio.SocketStream) -> None:
             link = await self._open(stream.socket)
-            if link is None:
-                return
-            try:
-                with suppress(LinkClosed):  # how every link ends
-                    await accept(link)
-            finally:
-                await link.aclose()
+            if link is not None:
+                await serve_link(link, accept)
 
         async with trio.open_nursery() as links:
             with self._accepting:
