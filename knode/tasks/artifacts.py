@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from knode.errors import Code, KnodeError
-from knode.tasks.messages import MAX_FILES, FileName
+from knode.tasks.values import MAX_FILES, FileName
 from knode.world import World
 
 READ_BYTES = 256 * 1024

@@ -10,7 +10,7 @@ from typing import Annotated, TypeAlias
 
 from msgspec import Meta, Struct
 
-from knode.tasks.messages import MAX_FILES, MAX_INPUT_BYTES, AgentId, FileName, Size, TaskId
+from knode.tasks.values import MAX_FILES, MAX_INPUT_BYTES, AgentId, FileName, Size, TaskId
 
 MAX_BUNDLE_BYTES = 240 * 1024
 """Result, operations and follow-up tasks of one attempt, encoded; with it a command fits one entry."""

@@ -20,10 +20,11 @@ from knode.mesh.membership import Membership
 from knode.mesh.peers import Peers
 from knode.mesh.roster import Member
 from knode.tasks.artifacts import Artifact, open_artifacts, read_artifact
-from knode.tasks.messages import MAX_INPUT_BYTES, NO_FRACTION, Ran, Report, Run, Stage
+from knode.tasks.messages import NO_FRACTION, Ran, Report, Run, Stage
 from knode.tasks.offers import Offers
 from knode.tasks.routing import Candidate, choose, demand
 from knode.tasks.task import Task
+from knode.tasks.values import MAX_INPUT_BYTES
 from knode.tasks.worker import Worker, expired
 from knode.world import Log, Monotonic, World
 

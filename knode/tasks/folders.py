@@ -10,7 +10,8 @@ from pathlib import Path
 import trio
 
 from knode.errors import Code, KnodeError
-from knode.tasks.messages import MAX_FILES, Stage
+from knode.tasks.messages import Stage
+from knode.tasks.values import MAX_FILES
 from knode.world import Log, World
 
 WAIT_S = 60.0

@@ -1,4 +1,4 @@
-"""What nodes say to each other about direct tasks: the bodies of requests and events."""
+"""What nodes say to each other about tasks: the bodies of requests, of their answers and of events."""
 
 from __future__ import annotations
 
@@ -6,15 +6,32 @@ from typing import Annotated
 
 import msgspec
 
-MAX_FILES = 256
-MAX_INPUT_BYTES = 192 * 1024
-NO_FRACTION = 1001
+from knode.tasks.commands import (
+    MAX_CANDIDATES,
+    MAX_OPERATION_BYTES,
+    CodeName,
+    Considered,
+    Key,
+    MemberId,
+    Milliseconds,
+    NewTask,
+    Reason,
+)
+from knode.tasks.lifecycle import State
+from knode.tasks.values import MAX_FILES, MAX_INPUT_BYTES, AgentId, FileName, Size, TaskId
 
-TaskId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-# A plain name: no folder, no control character, not `.` or `..`.
-FileName = Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}\Z)[^/\x00-\x1f\x7f]+\Z", max_length=200)]
-Size = Annotated[int, msgspec.Meta(ge=0, lt=2**40)]
-AgentId = Annotated[str, msgspec.Meta(pattern=r"^k[A-Z][a-z]+:[a-z][a-z0-9-]*\Z", max_length=64)]
+NO_FRACTION = 1001
+MAX_HOLDERS = 8
+MAX_VIEWS = 256
+"""Tasks of one page, and tasks that one request waits for."""
+MAX_EFFECTS = 256
+"""Operations of one page."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Selector = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{1,32}\Z")]
+"""A task's id, or the beginning of it, in hexadecimal digits."""
+
+# Direct tasks: to the node that runs the task.
 
 
 class Stage(msgspec.Struct, frozen=True, array_like=True):
@@ -54,3 +71,127 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     agents: Annotated[
         tuple[tuple[AgentId, Annotated[str, msgspec.Meta(max_length=32)]], ...], msgspec.Meta(max_length=1024)
     ]
+
+
+# Durable tasks: to the leader, from any member.
+
+
+class SubmitTask(msgspec.Struct, frozen=True, array_like=True):
+    """Have this done once. Answered by a `TaskView` when it is committed; the same key with the same task
+    is answered by the same task again."""
+
+    id: TaskId
+    key: Key
+    not_after: Milliseconds
+    task: NewTask
+    holders: Annotated[tuple[MemberId, ...], msgspec.Meta(max_length=MAX_HOLDERS)]
+    """Members that hold all of its files."""
+
+
+class CancelTask(msgspec.Struct, frozen=True, array_like=True):
+    """End a task that has not ended. Answered by its `TaskView`."""
+
+    task: TaskId
+
+
+class ShowTask(msgspec.Struct, frozen=True, array_like=True):
+    """Answered by the `TaskView` of the one task that fits; of `task.explain` by an `Explanation`."""
+
+    task: Selector
+
+
+class ListTasks(msgspec.Struct, frozen=True, array_like=True):
+    """The tasks of the cell, newest first. Answered by `Views`."""
+
+    before: TaskId | None = None
+    """The last one of the page before."""
+
+
+class Seen(msgspec.Struct, frozen=True, array_like=True):
+    """A task as the asker knows it."""
+
+    task: TaskId
+    state: State
+    attempt: Count
+    reports: Count
+
+
+class WaitForTasks(msgspec.Struct, frozen=True, array_like=True):
+    """Answered by the `Views` of those that are not as they were seen, once there is one; by none after 20
+    seconds."""
+
+    seen: Annotated[tuple[Seen, ...], msgspec.Meta(max_length=MAX_VIEWS)]
+
+
+class ListEffects(msgspec.Struct, frozen=True, array_like=True):
+    """The operations that tasks have left, in their order. Answered by `Effects`."""
+
+    after: Count
+    """Number of the last one of the page before; 0 for the first page."""
+    task: Selector | None = None
+    """Only what this task left."""
+
+
+class TaskView(msgspec.Struct, frozen=True, array_like=True):
+    """A task of the ledger, as the leader shows it."""
+
+    id: TaskId
+    agent: AgentId
+    state: State
+    attempt: Count
+    member: Annotated[bytes, msgspec.Meta(max_length=32)]
+    """Id of the member that runs it or ran it last; empty: none yet."""
+    submitter: MemberId
+    key: Key
+    submitted: Milliseconds
+    deadline: Milliseconds
+    result: bytes | None
+    """None, too, when it does not fit into a page: `result_bytes` tells."""
+    result_bytes: Count
+    code: CodeName
+    """Why it has not succeeded; empty while it may."""
+    message: Reason
+    reports: Count
+    """How many reports its present attempt has made."""
+    report: Report | None
+    """The latest."""
+
+
+class Views(msgspec.Struct, frozen=True, array_like=True):
+    """A page of tasks."""
+
+    tasks: Annotated[tuple[TaskView, ...], msgspec.Meta(max_length=MAX_VIEWS)]
+    more: bool
+    """Whether there are others."""
+
+
+class Explanation(msgspec.Struct, frozen=True, array_like=True):
+    """Why a task is where it is."""
+
+    task: TaskView
+    considered: Annotated[tuple[Considered, ...], msgspec.Meta(max_length=MAX_CANDIDATES)]
+    """When it was assigned last."""
+    now: Annotated[tuple[Considered, ...], msgspec.Meta(max_length=MAX_CANDIDATES)]
+    """If it were assigned now; empty when it has ended."""
+    waits_for: Reason
+    """What a queued task waits for."""
+
+
+class Effect(msgspec.Struct, frozen=True, array_like=True):
+    """An operation that a task left."""
+
+    sequence: Count
+    """Its place in the cell's stream."""
+    task: TaskId
+    attempt: Count
+    operation: Annotated[bytes, msgspec.Meta(max_length=MAX_OPERATION_BYTES)]
+
+
+class Effects(msgspec.Struct, frozen=True, array_like=True):
+    """A page of operations."""
+
+    effects: Annotated[tuple[Effect, ...], msgspec.Meta(max_length=MAX_EFFECTS)]
+    more: bool
+
+
+# Durable tasks: between the leader and the members that run attempts.

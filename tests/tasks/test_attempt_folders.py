@@ -20,7 +20,8 @@ from knode.simulation.disk import SimulatedDisk
 from knode.simulation.world import SimulatedClock
 from knode.tasks import folders as folders_module
 from knode.tasks.folders import OWNER_SHARE, TASKS_WORTH, WAIT_S, WAITING_TASKS, Folders
-from knode.tasks.messages import MAX_FILES, Run, Stage
+from knode.tasks.messages import Run, Stage
+from knode.tasks.values import MAX_FILES
 from knode.world import World
 
 ATTEMPTS = Path("/attempts")
