@@ -28,7 +28,7 @@ from knode.identity.keystore import create_key, load_key
 from knode.mesh.membership import Membership
 from knode.mesh.statements import Role
 from knode.node import Machine, Node
-from knode.node.node import open_database
+from knode.node.database import open_database
 from knode.simulation.disk import SimulatedDisk
 from knode.simulation.world import SimulatedClock
 from knode.tasks.direct import Submission

@@ -12,9 +12,9 @@ from pathlib import Path
 from knode.home.layout import Home
 from knode.identity import KeyPair
 from knode.identity.keystore import create_key, load_key
-from knode.mesh.membership import MIGRATIONS, stored_statements
+from knode.mesh.membership import stored_statements
 from knode.mesh.statements import Recover, Rotate
-from knode.storage import Database
+from knode.node.database import open_database
 from knode.world import World
 
 _LIMIT_BYTES = 1024
@@ -51,7 +51,7 @@ async def settle_keys(world: World, home: Home) -> None:
     begun = [path for path in (home.node_key, home.owner_key) if world.disk.exists(next_key_file(path))]
     if not begun:
         return
-    database = await Database.open(world, home.database, MIGRATIONS)
+    database = await open_database(world, home)
     try:
         bodies = [statement.body for statement in await stored_statements(database)]
     finally:

@@ -23,7 +23,7 @@ from knode.mesh.gossip import Gossip
 from knode.mesh.joining import Joining, Welcome
 from knode.mesh.liveness import PeerState
 from knode.mesh.lookup import Finder, Lookup
-from knode.mesh.membership import MIGRATIONS, Membership
+from knode.mesh.membership import Membership
 from knode.mesh.methods import Methods
 from knode.mesh.peers import Peers
 from knode.mesh.pinging import Pinging
@@ -32,6 +32,7 @@ from knode.mesh.roster import Member
 from knode.mesh.statements import Role
 from knode.mesh.ticket import Ticket
 from knode.mesh.ways import fitting
+from knode.node.database import open_database
 from knode.node.keys import install_next_key, make_next_key
 from knode.storage import Database
 from knode.tasks.direct import DirectTasks
@@ -53,11 +54,6 @@ class Machine:
     """How busy its processors are, all together: 0 to 100."""
     sandbox: Sandbox | None
     sandbox_problems: tuple[str, ...] = ()
-
-
-async def open_database(world: World, home: Home) -> Database:
-    """Open the node's database, bringing it up to date."""
-    return await Database.open(world, home.database, MIGRATIONS)
 
 
 class Node:

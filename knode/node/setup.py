@@ -16,7 +16,7 @@ from knode.home.layout import Home
 from knode.identity import KeyPair
 from knode.identity.keystore import create_key
 from knode.mesh.membership import Membership
-from knode.node.node import open_database
+from knode.node.database import open_database
 from knode.transport.certificate import make_certificate
 from knode.world import World
 from knode.world.real import real_world

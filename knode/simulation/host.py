@@ -16,7 +16,7 @@ from knode.identity import KeyPair, PublicKey
 from knode.identity.keystore import create_key, load_key
 from knode.mesh.membership import Membership
 from knode.node import Machine, Node
-from knode.node.node import open_database
+from knode.node.database import open_database
 from knode.simulation.disk import SimulatedDisk
 from knode.simulation.schedule import MACHINE, put_to_sleep, wake
 from knode.simulation.trace import Trace, TracedLog

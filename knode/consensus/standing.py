@@ -1,0 +1,264 @@
+"""What this node must remember to be a replica that others may count, beside its log.
+
+A replica's vote or acknowledgement is a promise about its disk. When the disk was set back (a home restored
+from an old copy), or lost what it had promised (damage, a failed fsync), the promise is void, and a majority
+that counts it may forget what was acknowledged. So:
+
+- Each start raises a counter, durably, before anything is sent. Who receives a message first makes durable
+  which (start, boot) its sender has shown, then counts it. A lower start, or the same with another boot, is
+  an old copy: it is refused, and told so.
+- A replica that is unfit never speaks again. Its node removes log and ledger, draws another replica id and
+  begins with nothing, as a learner.
+
+What this cannot notice: a copy that was taken since the latest start, when nothing but that copy is started
+afterwards: its counter goes on as if nothing had happened. No backup that knode makes has a replica's log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import apsw
+import trio
+
+from knode.consensus.messages import ReplicaId
+from knode.consensus.voters import MEMBER_BYTES, member_of
+from knode.mesh.incarnations import Incarnation
+from knode.storage import Database
+from knode.world import World
+
+RANDOM_BYTES = 8
+MAX_REPLICAS_OF_A_MEMBER = 8
+"""How many replica ids of one member are remembered, the latest; older ones are in no configuration."""
+
+MIGRATIONS = (
+    """
+CREATE TABLE standing (
+    only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
+    replica BLOB NOT NULL,
+    start INTEGER NOT NULL,
+    incarnation_number INTEGER NOT NULL,
+    incarnation_hash BLOB NOT NULL,
+    founds INTEGER NOT NULL,
+    begun INTEGER NOT NULL,
+    unfit TEXT
+);
+CREATE TABLE shown (
+    turn INTEGER PRIMARY KEY,
+    replica BLOB NOT NULL UNIQUE,
+    start INTEGER NOT NULL,
+    boot BLOB NOT NULL
+);
+""",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    replica: ReplicaId
+    start: int
+    incarnation: Incarnation
+    founds: bool
+    begun: bool
+    unfit: str | None
+
+
+class Standing:
+    """This node's replica, and what every other has shown. Make one with `open`."""
+
+    def __init__(
+        self,
+        world: World,
+        database: Database,
+        boot: bytes,
+        row: _Row,
+        shown: dict[ReplicaId, tuple[int, bytes]],
+    ) -> None:
+        self.boot = boot
+        self._world = world
+        self._database = database
+        self._row = row
+        self._shown = shown
+        self._turn = trio.Lock()
+        self._unfit: str | None = row.unfit
+
+    @classmethod
+    async def open(
+        cls,
+        world: World,
+        database: Database,
+        *,
+        member: bytes,
+        boot: bytes,
+        incarnation: Incarnation,
+        founds: bool,
+    ) -> Standing:
+        """Read it and raise the start counter, durably; the first time, draw a replica id.
+
+        Args:
+            world: its randomness is used.
+            database: the node's, with `MIGRATIONS`.
+            member: raw id of this node as a member, 32 bytes.
+            boot: 16 bytes that no other start of this node has.
+            incarnation: of the cell, now; counts the first time.
+            founds: whether this member founded the cell, so that its first replica begins the log; counts
+                the first time.
+
+        Raises:
+            KnodeError: DISK_FULL, DISK_READ_ONLY, HOME_DAMAGED. Then this node must not speak as a replica.
+        """
+        fresh = _new_row(world, member, incarnation, founds=founds)
+
+        def write(connection: apsw.Connection) -> tuple[_Row, list[Any]]:
+            found = _read(connection) or fresh
+            row = replace(found, start=found.start + 1)
+            _write(connection, row)
+            return row, connection.execute("SELECT replica, start, boot FROM shown").fetchall()
+
+        row, shown = await database.write(write)
+        return cls(world, database, boot, row, {replica: (start, at) for replica, start, at in shown})
+
+    @property
+    def replica_id(self) -> ReplicaId:
+        """Who this replica is, until it is replaced."""
+        return self._row.replica
+
+    @property
+    def start(self) -> int:
+        """How often this home was opened; every message shows it."""
+        return self._row.start
+
+    @property
+    def incarnation(self) -> Incarnation:
+        """Of which incarnation this replica's log is."""
+        return self._row.incarnation
+
+    @property
+    def founds(self) -> bool:
+        """Whether this replica, while it has not begun, begins the cell's log as its only voter."""
+        return self._row.founds
+
+    @property
+    def begun(self) -> bool:
+        """Whether this replica has had a log: an empty one now is damage."""
+        return self._row.begun
+
+    @property
+    def unfit(self) -> str | None:
+        """Why this replica neither votes nor acknowledges; None: it may."""
+        return self._unfit
+
+    def shown(self, source: ReplicaId) -> tuple[int, bytes] | None:
+        """Return the highest (start, boot) of another replica that is recorded."""
+        return self._shown.get(source)
+
+    def admits(self, source: ReplicaId, start: int, boot: bytes) -> bool | None:
+        """Tell whether a message of this replica counts; None: `note` must record first what it shows."""
+        shown = self._shown.get(source)
+        if shown is None or start > shown[0]:
+            return None
+        return shown == (start, boot)
+
+    async def note(self, source: ReplicaId, start: int, boot: bytes) -> bool:
+        """Record durably what a replica shows, then tell whether its messages count.
+
+        Raises:
+            KnodeError: DISK_FULL, DISK_READ_ONLY, HOME_DAMAGED; nothing was recorded: drop the message.
+        """
+        async with self._turn:
+            verdict = self.admits(source, start, boot)
+            if verdict is not None:
+                return verdict
+            others = [r for r in self._shown if r != source and member_of(r) == member_of(source)]
+            surplus = others[: max(0, len(others) + 1 - MAX_REPLICAS_OF_A_MEMBER)]
+
+            def write(connection: apsw.Connection) -> None:
+                connection.executemany("DELETE FROM shown WHERE replica = ?", [(r,) for r in surplus])
+                connection.execute("DELETE FROM shown WHERE replica = ?", (source,))
+                connection.execute(
+                    "INSERT INTO shown (replica, start, boot) VALUES (?, ?, ?)", (source, start, boot)
+                )
+
+            await self._database.write(write)
+            for replica in (*surplus, source):
+                self._shown.pop(replica, None)
+            self._shown[source] = (start, boot)
+            return True
+
+    async def told(self, start: int, boot: bytes) -> bool:
+        """Take in that a voter refuses this replica, since it has shown that voter (`start`, `boot`).
+
+        Returns:
+            Whether that makes it unfit: this home is an old copy. Otherwise the word is old.
+        """
+        if start < self.start or (start, boot) == (self.start, self.boot):
+            return False
+        await self.mark_unfit(
+            f"this home was restored from an old copy: others have seen its start {start}, and this is "
+            f"start {self.start}"
+        )
+        return True
+
+    async def mark_unfit(self, why: str) -> None:
+        """Never vote or acknowledge again as this replica: at once, and durably when this returns.
+
+        Raises:
+            KnodeError: the disk does not take it. It holds as long as the process does, and a disk that
+                takes nothing lets no replica start: `open` must raise its counter.
+        """
+        self._unfit = self._unfit or why
+        await self._change(lambda row: replace(row, unfit=row.unfit or why))
+
+    async def begin(self) -> None:
+        """Note durably that this replica has a log, before it first speaks. Raises as `note`."""
+        await self._change(lambda row: replace(row, begun=True))
+
+    async def replace(self, incarnation: Incarnation) -> None:
+        """Become another replica, which has nothing, of `incarnation`, durably.
+
+        The log and the ledger of the old one are removed before: after a crash in between it is still
+        unfit, or of an incarnation that is over. Raises as `note`.
+        """
+        fresh = _new_row(self._world, member_of(self.replica_id), incarnation, founds=False)
+        await self._change(lambda row: replace(fresh, start=row.start))
+        self._unfit = None
+
+    async def survive(self, incarnation: Incarnation) -> None:
+        """Be of `incarnation` from now on, as the replica whose log it goes on with. Raises as `note`."""
+        await self._change(lambda row: replace(row, incarnation=incarnation))
+
+    async def _change(self, change: Callable[[_Row], _Row]) -> None:
+        async with self._turn:
+            row = change(self._row)
+            await self._database.write(lambda connection: _write(connection, row))
+            self._row = row
+
+
+def _new_row(world: World, member: bytes, incarnation: Incarnation, *, founds: bool) -> _Row:
+    assert len(member) == MEMBER_BYTES
+    replica = member + world.randomness.token(RANDOM_BYTES)
+    return _Row(replica, start=0, incarnation=incarnation, founds=founds, begun=False, unfit=None)
+
+
+def _read(connection: apsw.Connection) -> _Row | None:
+    query = "SELECT replica, start, incarnation_number, incarnation_hash, founds, begun, unfit FROM standing"
+    for replica, start, number, hash_, founds, begun, unfit in connection.execute(query):
+        return _Row(replica, start, Incarnation(number, hash_), bool(founds), bool(begun), unfit)
+    return None
+
+
+def _write(connection: apsw.Connection, row: _Row) -> None:
+    connection.execute(
+        "INSERT OR REPLACE INTO standing VALUES (1, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            row.replica,
+            row.start,
+            row.incarnation.number,
+            row.incarnation.hash,
+            row.founds,
+            row.begun,
+            row.unfit,
+        ),
+    )
