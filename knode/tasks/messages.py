@@ -9,8 +9,11 @@ import msgspec
 from knode.tasks.commands import (
     MAX_CANDIDATES,
     MAX_OPERATION_BYTES,
+    Bundle,
     CodeName,
     Considered,
+    Fence,
+    File,
     Key,
     MemberId,
     Milliseconds,
@@ -195,3 +198,83 @@ class Effects(msgspec.Struct, frozen=True, array_like=True):
 
 
 # Durable tasks: between the leader and the members that run attempts.
+
+
+class AssignAttempt(msgspec.Struct, frozen=True, array_like=True):
+    """`task.assign`, leader to worker: run this attempt. Answered with nothing once it is accepted, and
+    kept for the worker's next start; the same fence again is the same attempt.
+
+    Refused with RATE_LIMITED, NO_AGENT, NO_SANDBOX, NOT_ALLOWED (by this node's role, or whoever asks does
+    not lead), DISK_FULL, and with STALE_FENCE once the attempt is over there or a newer one of its task was
+    accepted. Then nothing of it runs.
+    """
+
+    fence: Fence
+    agent: AgentId
+    input: Annotated[bytes, msgspec.Meta(max_length=MAX_INPUT_BYTES)]
+    files: Annotated[tuple[File, ...], msgspec.Meta(max_length=MAX_FILES)]
+    holders: Annotated[tuple[MemberId, ...], msgspec.Meta(max_length=MAX_HOLDERS)]
+    """Whom to ask for the files that are not there."""
+    remaining_ms: Annotated[int, msgspec.Meta(ge=1, le=2**42)]
+    """Until the task's deadline."""
+    token: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    """The same for every attempt of the task: what the agent passes to the world outside."""
+
+
+class StopAttempt(msgspec.Struct, frozen=True, array_like=True):
+    """`task.stop`, leader to worker: it is not wanted any more. Answered with nothing once nothing of it
+    runs; stopping what is not there is no error."""
+
+    fence: Fence
+
+
+class CompleteAttempt(msgspec.Struct, frozen=True, array_like=True):
+    """`task.complete`, worker to leader: it is done. Repeated until it is answered by a `Settled`."""
+
+    fence: Fence
+    bundle: Bundle
+
+
+class FailAttempt(msgspec.Struct, frozen=True, array_like=True):
+    """`task.fail`, worker to leader: it failed. Repeated until it is answered by a `Settled`."""
+
+    fence: Fence
+    code: CodeName
+    message: Reason
+    retryable: bool
+    """Whether another attempt, here or elsewhere, may do better."""
+
+
+class Settled(msgspec.Struct, frozen=True, array_like=True):
+    """The ledger knows how the attempt ended; its worker forgets it."""
+
+    is_current: bool
+    """False: the fence was stale, and nothing of it took effect."""
+
+
+class AttemptReport(msgspec.Struct, frozen=True, array_like=True):
+    """`task.progress`, an event, worker to leader: how far an attempt is. At most two a second."""
+
+    fence: Fence
+    report: Report
+
+
+# Durable tasks: their files, between any two members.
+
+
+class HoldFile(msgspec.Struct, frozen=True, array_like=True):
+    """`task.hold`: keep the file that comes on this request's stream, until its task has ended. Answered
+    with nothing once it is whole, right and durable there."""
+
+    task: TaskId
+    file: File
+
+
+class SendFile(msgspec.Struct, frozen=True, array_like=True):
+    """`task.send`: give the asker a file of a task, by a `task.hold`. Answered with nothing once it has it.
+
+    NOT_FOUND when it is not there.
+    """
+
+    task: TaskId
+    file: File
