@@ -19,7 +19,7 @@ from knode.agents.registry import AgentEntry, Registry
 from knode.agents.sandbox import Command, Ended, Outcome, Sandbox
 from knode.agents.sandbox.surroundings import python_files, python_program
 from knode.errors import Code, KnodeError
-from knode.world import World
+from knode.world import Monotonic, World
 
 MAX_INPUT_FILE_BYTES = 64 * 1024 * 1024
 MAX_STDERR_CHARACTERS = 2000
@@ -32,13 +32,15 @@ _PROGRAM_NAME = ".program.py"
 class Attempt:
     """One try of a task on this node."""
 
-    task_id: str
-    """Also the name of the attempt's folder."""
+    folder: str
+    """Name of its folder."""
     input: bytes
     token: str
     """The same for every attempt of a task; an agent passes it to the world outside."""
-    remaining_seconds: float
-    """Until the task's deadline."""
+    number: int
+    """Which attempt of its task it is, from 1."""
+    deadline: Monotonic
+    """The task's."""
     files: tuple[Path, ...] = ()
     """Files that lie in the attempt's `input/` already."""
 
@@ -65,7 +67,7 @@ class Runner:
 
     Args:
         sandbox: None when no sandbox holds on this machine: then built-in agents alone are run.
-        attempts: where each attempt has its folder, `<task_id>/`. The caller makes it, with the task's
+        attempts: where each attempt has its folder. The caller makes it, with the task's
             files in `input/`, and removes it.
     """
 
@@ -111,7 +113,7 @@ class Runner:
                 Code.AGENT_FAILED,
                 f"{agent_id} takes no files: its manifest does not ask for {Capability.INPUT_FILES}",
             )
-        if attempt.remaining_seconds <= 0:
+        if attempt.deadline <= self._world.clock.monotonic():
             raise self._timed_out(agent_id)
         if entry.runtime is Runtime.BUILTIN:
             return await self._run_builtin(entry, attempt)
@@ -154,17 +156,18 @@ class Runner:
         progress: Callable[[Progress], None],
     ) -> AgentResult:
         agent_id, limits = entry.manifest.id, entry.manifest.limits
-        hurried = attempt.remaining_seconds < limits.wall_seconds
+        remaining_s = attempt.deadline - self._world.clock.monotonic()
+        hurried = remaining_s < limits.wall_seconds
         if hurried:
-            limits = msgspec.structs.replace(limits, wall_seconds=math.ceil(attempt.remaining_seconds))
-        folder = self._attempts / attempt.task_id
+            limits = msgspec.structs.replace(limits, wall_seconds=max(1, math.ceil(remaining_s)))
+        folder = self._attempts / attempt.folder
         argv, stdin = self._program_of(entry, attempt, folder)
         command = Command(
             argv=argv,
             folder=folder,
             stdin=stdin,
             read_only=[*python_files(), *([entry.code] if entry.code is not None else [])],
-            environment={"KNODE_TASK_TOKEN": attempt.token},
+            environment={"KNODE_TASK_TOKEN": attempt.token, "KNODE_TASK_ATTEMPT": str(attempt.number)},
         )
         outcome = await sandbox.run(
             command, limits, lambda fraction, words: progress(Progress(fraction, words))

@@ -38,6 +38,7 @@ from knode.storage import Database
 from knode.tasks.direct import DirectTasks
 from knode.tasks.folders import Folders
 from knode.tasks.offers import Offers
+from knode.tasks.places import Places
 from knode.tasks.worker import Worker
 from knode.transport import Carrier, Listener
 from knode.world import Log, World
@@ -106,18 +107,16 @@ class Node:
         self.registry = Registry(world, home.agents, key, self._is_publisher_trusted)
         self.runner = Runner(world, self.registry, machine.sandbox, home.attempts)
         self.offers = Offers(key.public, self.peers, self.registry, self.runner)
-        self.worker = Worker(
-            world,
-            self.runner,
-            Folders(world, home.attempts, log, task_bytes=settings.tasks.artifact_bytes),
-            self.membership,
-            self.peers,
-            self.methods,
-            log,
-            running=settings.tasks.running or machine.cores,
-            queued=settings.tasks.queued,
+        self.places = Places(
+            self.runner, running=settings.tasks.running or machine.cores, queued=settings.tasks.queued
         )
-        self.tasks = DirectTasks(world, self.membership, self.peers, self.offers, self.worker, log)
+        self.folders = Folders(world, home.attempts, log, task_bytes=settings.tasks.artifact_bytes)
+        self.worker = Worker(
+            world, self.runner, self.places, self.folders, self.membership, self.peers, self.methods, log
+        )
+        self.tasks = DirectTasks(
+            world, self.membership, self.peers, self.offers, self.places, self.worker, log
+        )
         self._database = database
         self._listeners: list[Listener] = []
         self._going_down = trio.Event()
@@ -276,7 +275,7 @@ class Node:
             await self.world.blocking.run(lambda: install_next_key(self.world, path))
 
     def _load(self) -> Load:
-        load = self.worker.load
+        load = self.places.load
         return Load(load.running, load.queued, load.capacity, self.machine.busy_percent())
 
     def _is_publisher_trusted(self, publisher: PublicKey) -> bool:

@@ -69,7 +69,7 @@ def anytime_the_revoked_are_not_served(evidence: Evidence) -> Iterator[str]:
 def anytime_queues_are_bounded(evidence: Evidence) -> Iterator[str]:
     """Nothing grows beyond its limit, and no task is leaked."""
     for host, node in evidence.cell.nodes():
-        load, tasks = node.worker.load, node.tasks.list()
+        load, tasks = node.places.load, node.tasks.list()
         if load.queued > node.settings.tasks.queued:
             yield f"{host.name} lets {load.queued} attempts wait"
         if len(tasks) > KEPT_TASKS + RUNNING_TASKS:
@@ -185,7 +185,7 @@ def finally_what_was_not_sent_never_began(evidence: Evidence) -> Iterator[str]:
 
 def finally_loads_are_right(evidence: Evidence) -> Iterator[str]:
     """What each node knows of how busy the others are is what they are."""
-    loads = {node.key.public: node.worker.load for _, node in evidence.cell.nodes()}
+    loads = {node.key.public: node.places.load for _, node in evidence.cell.nodes()}
     for host, node in evidence.cell.nodes():
         for peer in node.peers.members():
             if peer.load != loads.get(peer.key):

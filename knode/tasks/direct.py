@@ -22,10 +22,11 @@ from knode.mesh.roster import Member
 from knode.tasks.artifacts import Artifact, open_artifacts, read_artifact
 from knode.tasks.messages import NO_FRACTION, Ran, Report, Run, Stage
 from knode.tasks.offers import Offers
+from knode.tasks.places import Places, expired
 from knode.tasks.routing import Candidate, choose, demand
 from knode.tasks.task import Task
 from knode.tasks.values import MAX_INPUT_BYTES
-from knode.tasks.worker import Worker, expired
+from knode.tasks.worker import Worker
 from knode.world import Log, Monotonic, World
 
 KEPT_TASKS = 1000
@@ -74,12 +75,20 @@ class DirectTasks:
     """The direct tasks that this node submitted: in memory, the last thousand."""
 
     def __init__(
-        self, world: World, membership: Membership, peers: Peers, offers: Offers, worker: Worker, log: Log
+        self,
+        world: World,
+        membership: Membership,
+        peers: Peers,
+        offers: Offers,
+        places: Places,
+        worker: Worker,
+        log: Log,
     ) -> None:
         self._world = world
         self._membership = membership
         self._peers = peers
         self._offers = offers
+        self._places = places
         self._worker = worker
         self._log = log
         self._member_log = MemberLog(world.clock, log)
@@ -178,7 +187,7 @@ class DirectTasks:
 
     def _candidate(self, member: Member) -> Candidate:
         if member.key == self._membership.key.public:
-            state, load, rtt_s = PeerState.ALIVE, self._worker.load, 0.0
+            state, load, rtt_s = PeerState.ALIVE, self._places.load, 0.0
         else:
             peer = self._peers.peer(member.key)
             measured = None if peer.conversation is None else peer.conversation.rtt_s

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import trio
 
@@ -12,25 +11,23 @@ from knode.agents.runtime import Attempt, Progress, Runner
 from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
 from knode.klp.codec import encode
-from knode.klp.keepalive import Load
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peers import Peers
 from knode.tasks.folders import Folders
 from knode.tasks.messages import NO_FRACTION, Ran, Report, Run, Stage
+from knode.tasks.places import OnProgress, Places
 from knode.tasks.routing import RUNNING_ROLES
-from knode.world import Log, World
+from knode.world import Log, Monotonic, World
 
 SWEEP_S = 5.0
 """How often it looks for files that nobody came for and attempts that nobody waits for."""
 ABANDONED_AFTER_S = 10.0
 """How long an attempt goes on while its submitter is away. The submitter gives up as soon."""
 
-OnProgress = Callable[[Progress], None]
-
 
 class Worker:
-    """Runs attempts: at most `running` at once, at most `queued` waiting, the rest is refused.
+    """Runs the attempts of direct tasks, as far as there are places; the rest is refused.
 
     An attempt ends when its agent does, at its deadline, when its submitter cancels it, and some 15
     seconds after its submitter was lost or has restarted: nobody could be told its result.
@@ -40,35 +37,24 @@ class Worker:
         self,
         world: World,
         runner: Runner,
+        places: Places,
         folders: Folders,
         membership: Membership,
         peers: Peers,
         methods: Methods,
         log: Log,
-        *,
-        running: int,
-        queued: int,
     ) -> None:
         self._world = world
         self._runner = runner
+        self._places = places
         self._folders = folders
         self._membership = membership
         self._peers = peers
         self._log = log
-        self._capacity = running
-        self._queue_limit = queued
-        self._places = trio.Semaphore(running)
-        self._admitted = 0
         # A dictionary for its order: what is stopped first must not depend on addresses in memory.
         self._watched: dict[_Watched, None] = {}
         methods.add("task.stage", Stage, self._answer_stage)
         methods.add("task.run", Run, self._answer_run)
-
-    @property
-    def load(self) -> Load:
-        """How busy this node is."""
-        running = min(self._admitted, self._capacity)
-        return Load(running, self._admitted - running, self._capacity, 0)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Remove what earlier runs left; then, until cancelled, what nobody waits for any more."""
@@ -118,36 +104,22 @@ class Worker:
 
     async def _attempt(self, owner: PublicKey, request: Run, progress: OnProgress) -> bytes:
         async with self._folders.claim(owner.raw, request.task, request.files) as folder:
-            if self._admitted >= self._capacity + self._queue_limit:
-                raise KnodeError(
-                    Code.RATE_LIMITED, "this node's queue is full", "try again later, or another node"
-                )
-            self._admitted += 1
+            self._places.admit()
             try:
-                deadline = self._world.clock.monotonic() + request.deadline_ms / 1000
-                with trio.move_on_at(deadline):
-                    async with self._places:
-                        return await self._run(request, folder, deadline, progress)
-                raise expired()
+                if not self._runner.is_builtin(request.agent):
+                    await self._folders.make(request.task)
+                task = request.task.hex()
+                attempt = Attempt(
+                    folder=task,
+                    input=request.input,
+                    token=task,
+                    number=1,
+                    deadline=Monotonic(self._world.clock.monotonic() + request.deadline_ms / 1000),
+                    files=tuple(folder / "input" / name for name in request.files),
+                )
+                return (await self._places.run(request.agent, attempt, progress)).output
             finally:
-                self._admitted -= 1
-
-    async def _run(self, request: Run, folder: Path, deadline: float, progress: OnProgress) -> bytes:
-        if not self._runner.is_builtin(request.agent):
-            await self._folders.make(request.task)
-        attempt = Attempt(
-            task_id=request.task.hex(),
-            input=request.input,
-            token=request.task.hex(),
-            remaining_seconds=deadline - self._world.clock.monotonic(),
-            files=tuple(folder / "input" / name for name in request.files),
-        )
-        try:
-            return (await self._runner.run(request.agent, attempt, progress)).output
-        except KnodeError as error:
-            if error.code is Code.TIMEOUT:
-                raise expired() from error
-            raise
+                self._places.leave()
 
     # What peers ask.
 
@@ -169,7 +141,7 @@ class Worker:
                         call.caller,
                         run,
                         call.context.trace,
-                        lambda progress: call.progress(encode(_report(progress))),
+                        lambda progress: call.progress(encode(report_of(progress))),
                     )
                 )
         finally:
@@ -206,16 +178,8 @@ class _Watched:
             self.scope.cancel()
 
 
-def expired() -> KnodeError:
-    """Return the error of a task whose deadline came first."""
-    return KnodeError(
-        Code.EXPIRED,
-        "the task's deadline came before it was done",
-        "submit it again with a longer --deadline",
-    )
-
-
-def _report(progress: Progress) -> Report:
+def report_of(progress: Progress) -> Report:
+    """Return how far an attempt is, as it travels."""
     fraction = progress.fraction
     permille = NO_FRACTION if fraction is None else round(1000 * min(1.0, max(0.0, fraction)))
     return Report(permille, progress.text[:200])

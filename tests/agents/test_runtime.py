@@ -12,7 +12,7 @@ from knode.agents.runtime import Attempt, Progress, Runner
 from knode.agents.sandbox import Sandbox
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
-from knode.world import World
+from knode.world import Monotonic, World
 
 Attempts = Callable[..., Attempt]
 
@@ -39,7 +39,8 @@ def begin(tmp_path: Path) -> Attempts:
         for name, text in files.items():
             (folder / name).write_text(text)
         paths = tuple(folder / name for name in files)
-        return Attempt("t1", data, "token-1", remaining_seconds, paths)
+        deadline = Monotonic(trio.current_time() + remaining_seconds)
+        return Attempt("t1", data, "token-1", 3, deadline, paths)
 
     return make
 
@@ -57,9 +58,12 @@ def install(registry: Registry, folder: Path, manifest: str, **files: str) -> No
 
 
 async def test_python_source_runs_with_files_and_token(runner: Runner, begin: Attempts) -> None:
-    source = b"import os; print(open('input/a').read(), os.environ['KNODE_TASK_TOKEN'])"
+    source = (
+        b"import os; print(open('input/a').read(), "
+        b"os.environ['KNODE_TASK_TOKEN'], os.environ['KNODE_TASK_ATTEMPT'])"
+    )
     result = await runner.run("kExecutor:python", begin(source, a="given"), ignore)
-    assert result.output == b"given token-1\n"
+    assert result.output == b"given token-1 3\n"
 
 
 async def test_python_source_in_json_gets_its_standard_input(runner: Runner, begin: Attempts) -> None:

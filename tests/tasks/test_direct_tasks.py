@@ -44,7 +44,7 @@ async def test_without_a_node_the_least_busy_one_is_chosen_and_at_best_this_one(
     desk, attic = await cell.add("desk"), await cell.add("attic")
     assert (await desk.settle("say x")).node == "desk"
     busy = await desk.submit("sleep 30", on="desk")
-    await cell.until(lambda: desk.node.worker.load.running == 1)
+    await cell.until(lambda: desk.node.places.load.running == 1)
     assert (await desk.settle("say x")).node == "attic"
     await desk.node.tasks.cancel(busy)
     assert desk.attempts == attic.attempts == []
@@ -187,7 +187,7 @@ async def test_an_attempt_stops_soon_after_its_submitter_is_lost_for_good(
     await cell.until(lambda: attic.sandbox.running == [])
     assert trio.current_time() - begun < 25
     assert attic.attempts == []
-    assert attic.node.worker.load.running == 0
+    assert attic.node.places.load.running == 0
 
 
 async def test_an_attempt_stops_soon_after_its_submitter_restarted(

@@ -46,7 +46,7 @@ async def test_more_than_fit_wait_in_their_order_and_more_than_may_wait_are_refu
         for number in range(6):
             nursery.start_soon(submit, number)
             await trio.sleep(0.1)
-        load = attic.node.worker.load
+        load = attic.node.places.load
         assert (load.running, load.queued, load.capacity) == (2, 3, 2)
         await trio.sleep(3)
         seen = desk.node.peers.peer(attic.node.key.public).load
@@ -54,7 +54,7 @@ async def test_more_than_fit_wait_in_their_order_and_more_than_may_wait_are_refu
         assert (seen.running, seen.queued, seen.capacity) == (2, 3, 2)
     assert (ended, refused) == ([0, 1, 2, 3, 4], [(5, Code.RATE_LIMITED)])
     assert attic.sandbox.most_at_once == 2
-    assert attic.node.worker.load.running == attic.node.worker.load.queued == 0
+    assert attic.node.places.load.running == attic.node.places.load.queued == 0
     assert attic.attempts == []
 
 
@@ -78,9 +78,9 @@ async def test_a_task_cancelled_in_the_queue_gives_its_place_back(
     first = await desk.submit("sleep 20", on="attic")
     await cell.until(lambda: len(attic.sandbox.running) == 1)
     second = await desk.submit("sleep 20", on="attic")
-    await cell.until(lambda: attic.node.worker.load.queued == 1)
+    await cell.until(lambda: attic.node.places.load.queued == 1)
     await desk.node.tasks.cancel(second)
-    await cell.until(lambda: attic.node.worker.load.queued == 0)
+    await cell.until(lambda: attic.node.places.load.queued == 0)
     third = await desk.submit("say third", on="attic")
     await third.ended()
     assert (first.state, third.output) == (State.SUCCEEDED, b"third")
@@ -164,7 +164,7 @@ async def test_many_tasks_leave_no_trace_in_memory_or_on_disk(autojump_clock: Mo
         assert host.node.worker._folders._folders == {}
         assert not host.node.worker._watched
         assert host.node.tasks._scopes == {}
-        assert host.node.worker.load.running == host.node.worker.load.queued == 0
+        assert host.node.places.load.running == host.node.places.load.queued == 0
     assert {task.state for task in desk.node.tasks.list()} == {
         State.SUCCEEDED,
         State.FAILED,
