@@ -11,7 +11,7 @@ from knode.errors import Code, LocalError
 from knode.simulation.sqlite_vfs import VolumeVfs
 from knode.simulation.volume import Event, File, Snapshot, Truncate, Volume, Write
 from knode.world import Randomness
-from knode.world.real import named_disk_errors
+from knode.world.real import must_reach, named_disk_errors
 
 
 class SimulatedDisk:
@@ -107,6 +107,16 @@ class SimulatedDisk:
             self._volume.change(file, Truncate(0))
         return SimulatedFile(self._volume, file, path)
 
+    def append(self, path: Path, size: int) -> SimulatedFile:
+        """Open a file that is there, cut to `size`."""
+        file = self._file(path)
+        with named_disk_errors(path):
+            self._volume.must_be_writable(str(path))
+            must_reach(path, len(file.content), size)
+            if len(file.content) > size:
+                self._volume.change(file, Truncate(size))
+        return SimulatedFile(self._volume, file, path)
+
     def make_folder(self, path: Path, *, mode: int = 0o700) -> None:
         """Make a folder and its parents."""
         wanted = {str(folder) for folder in (path, *path.parents)}
@@ -114,6 +124,11 @@ class SimulatedDisk:
             with named_disk_errors(path):
                 self._volume.must_be_writable(str(path))
             self._volume.folders |= wanted
+
+    def sync_folder(self, path: Path) -> None:
+        """Nothing is left to be done: folders and their names are durable at once."""
+        if str(path) not in self._volume.folders:
+            raise LocalError(Code.NOT_FOUND, f"there is no {path}", "check the path")
 
     def list_folder(self, path: Path) -> list[str]:
         """Return the names in a folder, sorted."""

@@ -12,14 +12,18 @@ from typing import Protocol
 
 
 class WritableFile(Protocol):
-    """A new file that grows at its end."""
+    """A file that grows at its end."""
 
     def write(self, data: bytes) -> None:
-        """Append `data`."""
+        """Append `data`. After an error any first part of it may be in the file."""
         ...
 
     def sync(self) -> None:
-        """Return once all that was written is durable."""
+        """Return once all that was written is durable.
+
+        After an error nobody can say what of it is, and a later sync may succeed without it: the system
+        forgets what it could not write.
+        """
         ...
 
     def close(self) -> None:
@@ -65,8 +69,20 @@ class Disk(Protocol):
         """Open a new empty file to write to, replacing one of that name."""
         ...
 
+    def append(self, path: Path, size: int) -> WritableFile:
+        """Open a file that is there to write on from `size` on; what it holds beyond that is cut off.
+
+        The cut is durable with the next sync; until then a crash may bring any part of the old end back.
+        NOT_FOUND when there is no file, INVALID_ARGUMENT when it is shorter than `size`.
+        """
+        ...
+
     def make_folder(self, path: Path, *, mode: int = 0o700) -> None:
-        """Make a folder and its parents; no error when it is there."""
+        """Make a folder and its parents; no error when it is there. Durable with `sync_folder`."""
+        ...
+
+    def sync_folder(self, path: Path) -> None:
+        """Return once it is durable which files and folders a folder holds; NOT_FOUND when there is none."""
         ...
 
     def list_folder(self, path: Path) -> list[str]:

@@ -86,13 +86,38 @@ def named_disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-class RealWritableFile:
-    """A file of the operating system, opened for writing; its errors name `meant`, by default the file."""
+def must_reach(path: Path, has_bytes: int, size: int) -> None:
+    """Refuse to go on at `size` in a file that is shorter."""
+    if has_bytes < size:
+        raise LocalError(Code.INVALID_ARGUMENT, f"{path} has {has_bytes} bytes, and {size} were to be kept")
 
-    def __init__(self, path: Path, mode: int, *, meant: Path | None = None) -> None:
-        self._path = meant or path
-        with named_disk_errors(self._path):
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+
+class RealWritableFile:
+    """A file of the operating system, open at its end for writing; its errors name `meant`."""
+
+    def __init__(self, descriptor: int, meant: Path) -> None:
+        self._descriptor = descriptor
+        self._path = meant
+
+    @classmethod
+    def create(cls, path: Path, mode: int, *, meant: Path | None = None) -> RealWritableFile:
+        """Open a new empty file; its errors name `meant`, by default the file."""
+        with named_disk_errors(meant or path):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        return cls(descriptor, meant or path)
+
+    @classmethod
+    def append(cls, path: Path, size: int) -> RealWritableFile:
+        """Open a file that is there, cut to `size`."""
+        with named_disk_errors(path):
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            try:
+                must_reach(path, os.fstat(descriptor).st_size, size)
+                os.ftruncate(descriptor, size)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return cls(descriptor, path)
 
     def write(self, data: bytes) -> None:
         """Append `data`."""
@@ -154,12 +179,12 @@ class RealDisk:
         """Replace a whole file: temporary file, fsync, rename, fsync of the folder."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
         try:
-            with RealWritableFile(temporary, mode, meant=path) as file:
+            with RealWritableFile.create(temporary, mode, meant=path) as file:
                 file.write(data)
                 file.sync()
             with named_disk_errors(path):
                 temporary.replace(path)
-                self._sync_folder(path.parent)
+                _sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -167,7 +192,11 @@ class RealDisk:
 
     def create(self, path: Path, *, mode: int = 0o600) -> RealWritableFile:
         """Open a new empty file."""
-        return RealWritableFile(path, mode)
+        return RealWritableFile.create(path, mode)
+
+    def append(self, path: Path, size: int) -> RealWritableFile:
+        """Open a file that is there, cut to `size`."""
+        return RealWritableFile.append(path, size)
 
     def make_folder(self, path: Path, *, mode: int = 0o700) -> None:
         """Make a folder and its parents, each with `mode`."""
@@ -175,6 +204,11 @@ class RealDisk:
             for folder in (*reversed(path.parents), path):
                 if not folder.exists():
                     folder.mkdir(mode=mode, exist_ok=True)
+
+    def sync_folder(self, path: Path) -> None:
+        """Return once the names in the folder are on the disk."""
+        with named_disk_errors(path):
+            _sync_folder(path)
 
     def list_folder(self, path: Path) -> list[str]:
         """Return the names in a folder, sorted."""
@@ -189,13 +223,13 @@ class RealDisk:
             else:
                 path.unlink(missing_ok=True)
 
-    @staticmethod
-    def _sync_folder(folder: Path) -> None:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def real_world() -> World:

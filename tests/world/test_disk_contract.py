@@ -50,6 +50,8 @@ def test_what_is_not_there_is_named(disk: Disk, tmp_path: Path) -> None:
         lambda: disk.size(tmp_path / "none"),
         lambda: disk.write(tmp_path / "none" / "file", b""),
         lambda: disk.create(tmp_path / "none" / "file"),
+        lambda: disk.append(tmp_path / "none", 0),
+        lambda: disk.sync_folder(tmp_path / "none"),
     ):
         with pytest.raises(KnodeError, match="none") as error:
             ask()
@@ -68,6 +70,27 @@ def test_a_created_file_grows_at_its_end_and_replaces_the_one_before(disk: Disk,
         file.sync()
     file.close()
     assert disk.read(path, limit_bytes=100) == b"one two"
+
+
+def test_a_file_is_cut_and_written_on(disk: Disk, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    disk.write(path, b"kept, and cut")
+    with disk.append(path, 4) as file:
+        assert disk.read(path, limit_bytes=100) == b"kept"
+        file.write(b" and")
+        file.write(b" more")
+        file.sync()
+    with disk.append(path, disk.size(path)) as file:
+        file.write(b".")
+    disk.sync_folder(tmp_path)
+    assert disk.read(path, limit_bytes=100) == b"kept and more."
+
+
+def test_a_file_that_is_shorter_than_what_is_to_be_kept_is_refused(disk: Disk, tmp_path: Path) -> None:
+    disk.write(tmp_path / "file", b"1234")
+    with refused(Code.INVALID_ARGUMENT):
+        disk.append(tmp_path / "file", 5)
+    assert disk.read(tmp_path / "file", limit_bytes=100) == b"1234"
 
 
 def test_folders_are_made_listed_and_removed_with_all_that_is_in_them(disk: Disk, tmp_path: Path) -> None:
@@ -102,6 +125,7 @@ NAMES = st.sampled_from(["a", "b", "a/c", "a/d", "e/f"])
 OPERATIONS = st.one_of(
     st.tuples(st.just("write"), NAMES, st.binary(max_size=8)),
     st.tuples(st.just("create"), NAMES, st.binary(max_size=8)),
+    st.tuples(st.just("append"), NAMES, st.binary(max_size=8)),
     st.tuples(st.sampled_from(["read", "size", "exists", "list", "remove", "folder"]), NAMES, st.just(b"")),
 )
 
@@ -114,6 +138,9 @@ def outcome(disk: Disk, root: Path, operation: str, name: str, data: bytes) -> o
                 disk.write(path, data)
             case "create":
                 with disk.create(path) as file:
+                    file.write(data)
+            case "append":
+                with disk.append(path, len(data) // 2) as file:
                     file.write(data)
             case "read":
                 return disk.read(path, limit_bytes=4)
@@ -142,7 +169,7 @@ def test_the_simulated_disk_answers_as_the_real_one(
     simulated.make_folder(root)
     # A file stands for a folder nowhere: "a" is only ever a folder here, "b" only a file.
     for operation, name, data in operations:
-        if name == "a" and operation in ("write", "create", "read", "size"):
+        if name == "a" and operation in ("write", "create", "append", "read", "size"):
             continue
         expected = outcome(real, root, operation, name, data)
         assert outcome(simulated, root, operation, name, data) == expected
