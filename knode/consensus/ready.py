@@ -33,6 +33,16 @@ class ReadReady(Struct, frozen=True):
     index: Index
 
 
+class Recovered(Struct, frozen=True):
+    """What the disk holds when a replica starts; as it stands here, a replica that is new."""
+
+    hard_state: HardState = HardState()
+    snapshot: Snapshot = Snapshot()
+    """Where the log begins; everything up to it is applied."""
+    entries: tuple[Entry, ...] = ()
+    """The first has the index after the snapshot's, and there is no gap."""
+
+
 class Ready(Struct, frozen=True):
     """One batch of work for the shell, which does it in this order:
 
