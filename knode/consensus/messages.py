@@ -52,7 +52,8 @@ class Configuration(Struct, array_like=True, frozen=True, gc=False, forbid_unkno
         voters: of the configuration in force; during a joint one, of the one to come.
         outgoing: the voters of the one to leave; empty unless it is joint. Then a decision needs a
         majority of both.
-        learners: get the log and have no vote. Nobody is voter and learner.
+        learners: get the log and have no vote. Nobody is in `voters` and here; an outgoing voter that is to
+        become a learner is in both, and votes until the joint configuration is left.
     """
 
     voters: Replicas = ()
