@@ -31,7 +31,9 @@ from knode.mesh.peers import Peers
 from knode.mesh.roster import MAX_STATEMENTS, Roster
 from knode.mesh.statements import (
     Add,
+    BeginIncarnation,
     Genesis,
+    KeepIncarnation,
     Recover,
     Revoke,
     Rotate,
@@ -259,6 +261,10 @@ def telling_order(roster: Roster) -> list[SignedStatement]:
                 return 4 if member in of_owner else 6
             case Add(signer=signer) | SetRole(signer=signer):
                 return 3 if signer == roster.owner.raw else 5
+            case BeginIncarnation():
+                return 7
+            case KeepIncarnation():
+                return 8
 
     return sorted(roster.statements.values(), key=turn)
 

@@ -20,7 +20,7 @@ from knode.mesh.methods import Call, Methods
 from knode.mesh.peer import Peer
 from knode.mesh.peers import Peers
 from knode.mesh.roster import MAX_STATEMENTS, Member
-from knode.mesh.statements import Add, Genesis, Recover, Revoke, SetRole, SignedStatement, open_statement
+from knode.mesh.statements import Add, OfTheCell, Revoke, SetRole, SignedStatement, open_statement
 from knode.mesh.ticket import Ticket
 from knode.mesh.ways import Way
 from knode.mesh.words import four_words
@@ -170,9 +170,7 @@ class Joining:
 
         def is_needed(statement: SignedStatement) -> bool:
             body = statement.body
-            return isinstance(body, Genesis | Recover) or (
-                not isinstance(body, Revoke) and body.member in needed
-            )
+            return isinstance(body, OfTheCell) or (not isinstance(body, Revoke) and body.member in needed)
 
         order = sorted(telling_order(roster), key=is_needed, reverse=True)
         statements = fitting([s.data for s in order])

@@ -16,6 +16,7 @@ from knode.errors import Code, KnodeError
 from knode.identity import KeyPair, PublicKey
 from knode.klp.handshake import Established, Hello
 from knode.mesh.contact import SignedContact, open_contact
+from knode.mesh.incarnations import Incarnation
 from knode.mesh.invitations import SCHEMA as TICKET_SCHEMA
 from knode.mesh.invitations import Invitations
 from knode.mesh.roster import MAX_STATEMENTS, Member, Roster, resolve
@@ -24,7 +25,9 @@ from knode.mesh.statements import (
     MAX_RECOVERED_MEMBERS,
     MAX_RECOVERED_REVOKED,
     Add,
+    BeginIncarnation,
     Genesis,
+    KeepIncarnation,
     Known,
     Recover,
     Revoke,
@@ -333,12 +336,7 @@ class Membership:
         """
         async with self._change:
             own, roster = self.own, self.roster
-            if recovery.public != roster.recovery:
-                raise KnodeError(
-                    Code.NOT_ALLOWED,
-                    "this is not the recovery key of this cell",
-                    "give the one that 'knode init' showed when the cell was founded",
-                )
+            self._check_recovery(recovery)
             if own in lost:
                 raise KnodeError(
                     Code.NOT_ALLOWED,
@@ -348,8 +346,111 @@ class Membership:
             era = sign_statement(recovery, self._recovered(owner.public, lost, self._roster_at(undo_since)))
             # An era that somebody begins elsewhere, not knowing of this one, must not bring them back.
             revokes = [Revoke(recovery.public.raw, era.id, m.id.raw, (), self._issued(m)) for m in lost]
-            await self._merge([era, *(sign_statement(recovery, body) for body in revokes)])
+            last = [era, *(sign_statement(recovery, body) for body in revokes)]
+            if roster.incarnations.begun is not None:
+                # The new era takes no earlier owner's word for which ledger counts.
+                last.append(self._keeping(recovery, era.id, roster.incarnations.present.hash))
+            await self._merge(last)
             self._owner_key = owner
+
+    async def begin_incarnation(
+        self,
+        replica: bytes,
+        index: int,
+        term: int,
+        *,
+        recovery: KeyPair | None = None,
+        lost: Collection[Member] = (),
+    ) -> Incarnation:
+        """Say that the cell's ledger begins anew with what one replica has; the rest is void.
+
+        Args:
+            replica: the survivor, 40 bytes.
+            index: of the last entry that it has.
+            term: of that entry.
+            recovery: the cell's recovery key; None: the owner's key, which this node must hold.
+            lost: members that are revoked in the same step, for ever.
+
+        Raises:
+            KnodeError: NOT_ALLOWED without either key, or when this node is among `lost`; UNAVAILABLE while
+                two incarnations stand against each other; or as `add`.
+        """
+        async with self._change:
+            signer, roster = self._last_word("begin its ledger anew", recovery), self.roster
+            if self.own in lost:
+                raise KnodeError(
+                    Code.NOT_ALLOWED, "this node cannot revoke itself", "run it on another member"
+                )
+            if roster.incarnations.rivals:
+                raise KnodeError(
+                    Code.UNAVAILABLE,
+                    "two ledgers stand against each other already",
+                    "name the one to keep: 'knode member recover --keep LEDGER'; 'knode status' shows them",
+                )
+            present = roster.incarnations.present
+            body = BeginIncarnation(
+                signer.public.raw,
+                roster.era,
+                present.number + 1,
+                present.hash,
+                replica,
+                index,
+                term,
+                roster.next_incarnation_time(self._world.clock.wall()),
+            )
+            revokes = [
+                Revoke(signer.public.raw, roster.era, m.id.raw, roster.in_force_by(m), self._issued(m))
+                for m in lost
+            ]
+            begun = sign_statement(signer, body)
+            await self._merge([begun, *(sign_statement(signer, each) for each in revokes)])
+            return Incarnation(body.number, begun.id)
+
+    async def keep_incarnation(self, incarnation: bytes, *, recovery: KeyPair | None = None) -> None:
+        """Say which of several incarnations counts.
+
+        Args:
+            incarnation: its hash; one that this node has heard of.
+            recovery: as `begin_incarnation`.
+
+        Raises:
+            KnodeError: NOT_ALLOWED without either key, NOT_FOUND; or as `add`.
+        """
+        async with self._change:
+            signer = self._last_word("say which ledger it keeps", recovery)
+            if incarnation not in self.roster.incarnations.known:
+                raise KnodeError(Code.NOT_FOUND, "no such ledger is known here", "'knode status' shows them")
+            await self._merge([self._keeping(signer, self.roster.era, incarnation)])
+
+    def _keeping(self, signer: KeyPair, era: bytes, incarnation: bytes) -> SignedStatement:
+        issued = self.roster.next_incarnation_time(self._world.clock.wall())
+        return sign_statement(signer, KeepIncarnation(signer.public.raw, era, incarnation, issued))
+
+    def _last_word(self, what: str, recovery: KeyPair | None) -> KeyPair:
+        """Return the recovery key that was given, or else the owner's, if it is the cell's."""
+        if recovery is not None:
+            self._check_recovery(recovery)
+            return recovery
+        if self._present_owner_key is None:
+            raise KnodeError(
+                Code.NOT_ALLOWED,
+                f"only the cell's owner may {what}",
+                f"{ASK_OWNER}; or give the recovery key",
+            )
+        return self._present_owner_key
+
+    def _check_recovery(self, recovery: KeyPair) -> None:
+        if recovery.public != self.roster.recovery:
+            raise KnodeError(
+                Code.NOT_ALLOWED,
+                "this is not the recovery key of this cell",
+                "give the one that 'knode init' showed when the cell was founded",
+            )
+
+    @property
+    def owns_cell(self) -> bool:
+        """Whether this node holds the owner's key."""
+        return self._present_owner_key is not None
 
     def _recovered(self, owner: PublicKey, lost: Collection[Member], then: Roster) -> Recover:
         members = [m for m in then.members.values() if m.id not in {gone.id for gone in lost}]

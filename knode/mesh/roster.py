@@ -18,6 +18,7 @@ order of arrival:
    the key does.
 7. Of one admin the earliest 512 statements count, of one member 16 rotations, and what can never count
    again is forgotten; so nobody can fill the roster, and the owner has the last word.
+8. INCARNATION begins the cell's ledger anew, KEEP decides between two: `knode.mesh.incarnations`.
 
 Pure: no clock, no disk, no network.
 """
@@ -32,13 +33,17 @@ from hashlib import sha256
 from knode.errors import Code, KnodeError
 from knode.identity import NodeId, PublicKey
 from knode.mesh.eras import Era, eras_of
+from knode.mesh.incarnations import Incarnations, incarnations_of
 from knode.mesh.rotations import Path, known_paths, paths_of
 from knode.mesh.statements import (
     MAX_ISSUED,
     Add,
+    BeginIncarnation,
     Genesis,
     Grant,
+    KeepIncarnation,
     Known,
+    OfTheCell,
     Recover,
     Revoke,
     Role,
@@ -100,8 +105,15 @@ class Roster:
     """Raw keys that a ROTATE ended, or that are contested."""
     in_force: frozenset[bytes]
     """Ids of the ADD and ROLE statements that make the members what they are."""
+    incarnations: Incarnations
+    """Which ledger counts."""
     digest: bytes
     """32 bytes; equal when the sets of statements are equal."""
+
+    def is_founder(self, member: Member) -> bool:
+        """Tell whether the cell was founded with this member."""
+        genesis = self.statements[self.cell_id].body
+        return member.joined == genesis.issued
 
     def may_sign_members(self, key: PublicKey) -> bool:
         """Tell whether `key` may add members and change roles."""
@@ -153,9 +165,12 @@ class Roster:
     def next_issue_time(self, member: bytes, now: int) -> int:
         """Return when to say that a new statement about a member's raw id was issued: after all others."""
         bodies = [s.body for s in self.statements.values()]
-        return _after(
-            [b.issued for b in bodies if not isinstance(b, Genesis | Recover) and b.member == member], now
-        )
+        return _after([b.issued for b in bodies if not isinstance(b, OfTheCell) and b.member == member], now)
+
+    def next_incarnation_time(self, now: int) -> int:
+        """Return when to say that an incarnation was begun or kept: after all others."""
+        bodies = [s.body for s in self.statements.values()]
+        return _after([b.issued for b in bodies if isinstance(b, BeginIncarnation | KeepIncarnation)], now)
 
     def next_era_time(self, now: int) -> int:
         """Return when to say that a new era was begun: after all others."""
@@ -210,7 +225,9 @@ def resolve(cell_id: bytes, statements: Iterable[SignedStatement]) -> Roster:
     contested = {i for i, p in paths.items() if p.is_contested(claims) or not p.every_key.isdisjoint(revoked)}
     members = [m for i, m in known.items() if i not in revoked_ids | contested]
     led_away = {key for path in paths.values() if path.followed for key in path.every_key}
+    incarnations = incarnations_of(cell_id, bodies, eras, genesis.recovery)
     kept = {cell_id, *(e.id for e in eras), *revokes, *grants.by_owner, *grants.by_admins, *rotates}
+    kept |= incarnations.kept
     return Roster(
         cell_id=cell_id,
         era=era.id,
@@ -223,6 +240,7 @@ def resolve(cell_id: bytes, statements: Iterable[SignedStatement]) -> Roster:
         revoked=revoked,
         replaced=frozenset(led_away - {m.key.raw for m in members} - set(revoked)),
         in_force=grants.in_force,
+        incarnations=incarnations,
         digest=sha256(b"KLP/1/roster\0" + b"".join(sorted(kept))).digest(),
     )
 

@@ -23,10 +23,12 @@ MAX_KEPT = 1024
 MAX_ISSUED = 2**62
 MAX_RECOVERED_MEMBERS = 256
 MAX_RECOVERED_REVOKED = 768
+MAX_INCARNATIONS = 2**31
 
 Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 StatementId = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=MAX_ISSUED)]
+Position = Annotated[int, msgspec.Meta(ge=0, le=MAX_ISSUED)]
 Kept = Annotated[tuple[StatementId, ...], msgspec.Meta(max_length=MAX_KEPT)]
 
 
@@ -120,7 +122,38 @@ class Recover(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     issued: Milliseconds
 
 
-Statement = Genesis | Add | SetRole | Revoke | Rotate | Recover
+class BeginIncarnation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=7):
+    """The cell's ledger begins anew, with what `replica` has up to `index`; it lost its majority for good.
+
+    What other replicas had beyond that is void.
+    """
+
+    signer: Key
+    era: StatementId
+    number: Annotated[int, msgspec.Meta(ge=1, le=MAX_INCARNATIONS)]
+    predecessor: StatementId
+    """The incarnation that ends; the cell's id for the first."""
+    replica: Annotated[bytes, msgspec.Meta(min_length=40, max_length=40)]
+    """The survivor: a member's id and 8 bytes."""
+    index: Position
+    """Of its last entry; 0 for none."""
+    term: Position
+    """Of that entry."""
+    issued: Milliseconds
+
+
+class KeepIncarnation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=8):
+    """Of several incarnations this one counts, whoever began it."""
+
+    signer: Key
+    era: StatementId
+    incarnation: StatementId
+    issued: Milliseconds
+
+
+Statement = Genesis | Add | SetRole | Revoke | Rotate | Recover | BeginIncarnation | KeepIncarnation
+OfTheCell = Genesis | Recover | BeginIncarnation | KeepIncarnation
+"""Statements about no one member."""
 Grant = Add | SetRole
 _decoder: Decoder[Statement] = Decoder(Statement)
 
@@ -171,6 +204,8 @@ def open_statement(data: bytes) -> SignedStatement:
             open_signed(PublicKey(new), Domain.ROTATE, proof + rotation_body(era, member, old, new))
         case Add() | SetRole() | Revoke():
             PublicKey(body.member)
+        case BeginIncarnation() | KeepIncarnation():
+            pass
     open_signed(PublicKey(body.signer), Domain.MEMBER, data)
     return SignedStatement(object_id(data), body, data)
 

@@ -367,6 +367,20 @@ STATEMENTS: dict[str, tuple[int, dict[str, Check]]] = {
             "issued": issued,
         },
     ),
+    "INCARNATION": (
+        7,
+        {
+            "signer": is_key,
+            "era": is_id,
+            "number": integer(1, 2**31),
+            "predecessor": is_id,
+            "replica": binary(40),
+            "index": issued,
+            "term": issued,
+            "issued": issued,
+        },
+    ),
+    "KEEP": (8, {"signer": is_key, "era": is_id, "incarnation": is_id, "issued": issued}),
 }
 KINDS = {tag: (name, fields) for name, (tag, fields) in STATEMENTS.items()}
 
@@ -518,8 +532,57 @@ def read_roster(cell: bytes, statements: list[Statement]) -> dict[str, Any]:
         or any(leads_to.count(key) > 1 for key in path.keys[1:])
         or path.every_key & revoked
     }
-    # 7. The digest.
-    kept = sorted({cell, *(s.id for s in recovers), *(s.id for s in revokes), *kept_grants, *taken})
+    # 7. Incarnations.
+    owner_of = {one[0]: one[1] for one in eras}
+    begun = [
+        s
+        for s in statements
+        if s.kind == "INCARNATION" and s.era in owner_of and s.signer in (owner_of[s.era], genesis.recovery)
+    ]
+    keeps = [
+        s
+        for s in statements
+        if s.kind == "KEEP"
+        and ((s.signer == genesis.recovery and s.era in names) or (s.signer, s.era) == (owner, era))
+    ]
+    keeps.sort(key=lambda s: s.turn)
+
+    def is_counting(s: Statement) -> bool:
+        return (
+            s.signer == genesis.recovery
+            or (s.signer, s.era) == (owner, era)
+            or any(keep.incarnation == s.id for keep in keeps)
+        )
+
+    number, at = 0, cell
+    for keep in keeps:
+        for s in begun:
+            if s.id == keep.incarnation:
+                number, at = s.number, s.id
+    while True:
+        following = [s for s in begun if is_counting(s) and (s.number, s.predecessor) == (number + 1, at)]
+        if len(following) != 1:
+            break
+        number, at = following[0].number, following[0].id
+    voiced: dict[bytes, int] = {}
+    kept_begun = []
+    for s in sorted(begun, key=lambda s: s.turn):
+        if not is_counting(s):
+            voiced[s.signer] = voiced.get(s.signer, 0) + 1
+        if is_counting(s) or voiced[s.signer] <= 16:
+            kept_begun.append(s.id)
+    # The digest.
+    kept = sorted(
+        {
+            cell,
+            *(s.id for s in recovers),
+            *(s.id for s in revokes),
+            *kept_grants,
+            *taken,
+            *kept_begun,
+            *(s.id for s in keeps),
+        }
+    )
     return {
         "era": era.hex(),
         "owner": owner.hex(),
@@ -532,6 +595,8 @@ def read_roster(cell: bytes, statements: list[Statement]) -> dict[str, Any]:
         ],
         "contested": [member.hex() for member in sorted(members) if member in contested - revoked_ids],
         "revoked": [key.hex() for key in sorted(revoked)],
+        "incarnation": [number, at.hex()],
+        "rivals": sorted(s.id.hex() for s in following),
     }
 
 

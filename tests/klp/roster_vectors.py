@@ -13,7 +13,9 @@ from knode.klp import Domain, encode, sign
 from knode.mesh.roster import resolve
 from knode.mesh.statements import (
     Add,
+    BeginIncarnation,
     Genesis,
+    KeepIncarnation,
     Known,
     Recover,
     Revoke,
@@ -75,6 +77,31 @@ def recover(issued: int, to: KeyPair, *known: Known, revoked: tuple[KeyPair, ...
     out = tuple(key.public.raw for key in revoked)
     body = Recover(RECOVERY.public.raw, CELL, to.public.raw, known, out, issued)
     return sign_statement(RECOVERY, body)
+
+
+def begin(
+    signer: KeyPair,
+    on: SignedStatement | None = None,
+    *,
+    survivor: KeyPair = ADMIN,
+    index: int = 7,
+    issued: int = 40,
+    era: bytes = CELL,
+) -> SignedStatement:
+    """Begin an incarnation on that of `on`, or on the first."""
+    number, predecessor = 1, CELL
+    if on is not None:
+        assert isinstance(on.body, BeginIncarnation)
+        number, predecessor = on.body.number + 1, on.id
+    replica = survivor.public.raw + bytes(8)
+    body = BeginIncarnation(signer.public.raw, era, number, predecessor, replica, index, 3, issued)
+    return sign_statement(signer, body)
+
+
+def keep(
+    signer: KeyPair, incarnation: SignedStatement, *, issued: int = 60, era: bytes = CELL
+) -> SignedStatement:
+    return sign_statement(signer, KeepIncarnation(signer.public.raw, era, incarnation.id, issued))
 
 
 def ids(kept: tuple[SignedStatement, ...]) -> tuple[bytes, ...]:
@@ -228,6 +255,36 @@ def roster() -> dict[str, object]:
             sign_statement(OWNER, Recover(OWNER.public.raw, CELL, THIEF.public.raw, (), (), 60)),
         ],
     }
+    first, rival = begin(OWNER), begin(RECOVERY, survivor=OTHER)
+    second = begin(OWNER, first)
+    cases |= {
+        "the owner begins an incarnation, and another on that": [is_admin, first, second],
+        "two incarnations on one predecessor stop both": [is_admin, has_other, first, second, rival],
+        "the owner names the incarnation to keep": [is_admin, first, rival, second, keep(OWNER, rival)],
+        "what was begun on the one to keep counts": [is_admin, first, second, rival, keep(OWNER, first)],
+        "of two that were named the later counts": [
+            is_admin,
+            first,
+            rival,
+            keep(OWNER, first, issued=61),
+            keep(RECOVERY, rival, issued=62),
+        ],
+        "an admin begins and keeps none": [is_admin, begin(ADMIN), first, rival, keep(ADMIN, first)],
+        "a number that is not the next": [
+            is_admin,
+            first,
+            sign_statement(OWNER, BeginIncarnation(OWNER.public.raw, CELL, 3, first.id, bytes(40), 1, 1, 50)),
+        ],
+        "of an earlier owner none counts, the recovery key's does": [is_admin, first, era, rival],
+        "an earlier owner's counts when it is named": [is_admin, first, era, keep(RECOVERY, first)],
+        "what an earlier owner names does not count": [is_admin, first, rival, era, keep(OWNER, first)],
+        "of an earlier owner so many are kept and no more": [
+            is_admin,
+            era,
+            *(begin(OWNER, issued=n, index=n) for n in range(20)),
+        ],
+        "one that nobody has heard of is not kept": [is_admin, first, keep(OWNER, second)],
+    }
     long_path = [is_admin]
     keys_in_turn = [ADMIN, *(KeyPair(hashlib.sha256(b"turn %d" % n).digest()) for n in range(18))]
     for old, to in pairwise(keys_in_turn):
@@ -263,6 +320,11 @@ def roster() -> dict[str, object]:
                 ),
                 ("a role that is none", Code.BAD_FRAME, _with_role(OWNER, is_admin, "guest")),
                 (
+                    "a survivor that is no replica",
+                    Code.BAD_FRAME,
+                    sign(OWNER, Domain.MEMBER, encode((7, OWNER.public.raw, CELL, 1, CELL, CELL, 1, 1, 1))),
+                ),
+                (
                     "an unknown statement",
                     Code.BAD_FRAME,
                     sign(OWNER, Domain.MEMBER, encode((9, OWNER.public.raw))),
@@ -296,4 +358,6 @@ def meaning(statements: list[SignedStatement]) -> dict[str, object]:
         ],
         "contested": [i.hex() for i in sorted(found.contested)],
         "revoked": [key.hex() for key in sorted(found.revoked)],
+        "incarnation": [found.incarnations.present.number, found.incarnations.present.hash.hex()],
+        "rivals": [rival.hash.hex() for rival in found.incarnations.rivals],
     }

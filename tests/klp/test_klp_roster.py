@@ -19,6 +19,8 @@ from roster_vectors import (
     THIEF,
     WORKER,
     add,
+    begin,
+    keep,
     meaning,
     recover,
     revoke,
@@ -65,7 +67,27 @@ def sets(draw: st.DrawFn) -> list[SignedStatement]:
             kept,
         ),
     )
-    return [*pool, *draw(st.lists(more, max_size=10)), *draw(st.sets(st.sampled_from(ERAS)))]
+    return [
+        *pool,
+        *draw(st.lists(more, max_size=10)),
+        *draw(ledgers()),
+        *draw(st.sets(st.sampled_from(ERAS))),
+    ]
+
+
+@st.composite
+def ledgers(draw: st.DrawFn) -> list[SignedStatement]:
+    """Incarnations, some of them on others, and which of them are named."""
+    begun: list[SignedStatement] = []
+    for _ in range(draw(st.integers(0, 6))):
+        on = draw(st.sampled_from([None, *begun]))
+        begun.append(begin(draw(signers), on, index=draw(times), issued=draw(times), era=draw(eras)))
+    if not begun:
+        return []
+    keeps = st.builds(
+        lambda s, b, t, e: keep(s, b, issued=t, era=e), signers, st.sampled_from(begun), times, eras
+    )
+    return [*begun, *draw(st.lists(keeps, max_size=3))]
 
 
 @settings(deadline=None, max_examples=100)
