@@ -146,6 +146,15 @@ class KnodeError(Exception):
     def __str__(self) -> str:
         return f"{self.message}: {self.next_step}" if self.next_step else self.message
 
+    def bare(self) -> KnodeError:
+        """Return the error without the frames that it came through, fit to be kept.
+
+        An error that was raised holds each frame on its way with all that it had in hand, a dead
+        link and its buffers among it; and what keeps it is often in one of them, so that only the
+        collector of cycles would let all that go.
+        """
+        return type(self)(self.code, self.message, self.next_step)
+
     @property
     def exit_code(self) -> int:
         """How the command line exits on this error."""

@@ -172,7 +172,7 @@ class Session:
                 case kind:
                     raise KnodeError(Code.BAD_FRAME, f"a {kind.name} frame has no place in a session")
         except KnodeError as error:
-            self._failure = error
+            self._failure = error.bare()
             raise
 
     def open_stream(self) -> int:
@@ -239,7 +239,7 @@ class Session:
 
     def _check_alive(self) -> None:
         if self._failure is not None:
-            raise self._failure
+            raise self._failure.bare()
 
     def _has_messages(self) -> bool:
         return bool(

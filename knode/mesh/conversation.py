@@ -50,7 +50,7 @@ class IncomingStream:
     def fail(self, error: KnodeError) -> None:
         """Note that no more will come."""
         if not self._complete:
-            self._error = error
+            self._error = error.bare()
             self._arrived.set()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -65,7 +65,7 @@ class IncomingStream:
                 yield chunk
                 self._consumed(len(chunk))
             if self._error is not None:
-                raise self._error
+                raise self._error.bare()
             if self._complete:
                 return
             self._arrived = trio.Event()
@@ -220,7 +220,7 @@ class Conversation:
     def refuse(self, error: KnodeError) -> None:
         """End at once, and have the peer told why."""
         if self._refusal is None:
-            self._refusal = error
+            self._refusal = error.bare()
         self.close(error.message)
 
     async def say_good_bye(self, code: Code, message: str) -> None:

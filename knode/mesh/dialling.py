@@ -199,7 +199,7 @@ class Dialling:
         except KnodeError as error:
             # A refusal is not signed: only at an address of its own is it taken for the peer's.
             if error.code not in _NOT_THERE and way.address in self._told(peer):
-                peer.refusal = error
+                peer.refusal = error.bare()
             known = set(self.ways(peer))
             for gone in [old for old in failures if old not in known]:
                 del failures[gone]

@@ -59,6 +59,12 @@ class Pending:
             self.error = error
             self.news.set()
 
+    def take_error(self) -> Exception:
+        """Let go of the error, to raise it: kept here, it would hold itself by the frames on its way."""
+        error, self.error = self.error, None
+        assert error is not None
+        return error
+
 
 class Peer:
     """Another node, as this one sees it."""
@@ -319,7 +325,7 @@ def _result(pending: Pending) -> bytes:
         case Failure() as failure:
             raise failure.error()
         case None if pending.error is not None:
-            raise pending.error
+            raise pending.take_error()
         case None if pending.request is not None:
             raise KnodeError(Code.TIMEOUT, "no answer in time; it may still have been done")
         case None:

@@ -55,7 +55,7 @@ class Task:
     def fail(self, error: KnodeError) -> None:
         """End it with an error, whose code says how."""
         self._move(outcome_of(error.code))
-        self.error = error
+        self.error = error.bare()
         self._tell()
 
     async def ended(self) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from hashlib import sha256
 
@@ -111,6 +113,24 @@ async def test_a_lost_peer_leaves_the_fate_unknown_after_the_grace(cell: Cell) -
     begun = trio.current_time()
     assert await asking.ended() is Code.UNKNOWN
     assert LOST_GRACE_S - 0.1 <= trio.current_time() - begun <= LOST_GRACE_S + 3.5
+
+
+async def test_a_failed_request_holds_nothing_of_the_link_that_it_went_over(cell: Cell) -> None:
+    # Each restart of a peer fails what it was asked: were the dead links kept by those errors, memory would
+    # grow until a collection of all cycles, which comes seldom in a process that holds much.
+    a, b = await cell.nodes("a", "b")
+    asking = Asking(cell, a, b, "test.wait")
+    await until(lambda: len(b.ran) == 1)
+    gc.collect()
+    gc.disable()
+    try:
+        used = weakref.ref(a.conversation(b))
+        await cell.crash(b)
+        await b.start(cell.nursery)
+        assert await asking.ended() is Code.UNKNOWN
+        await until(lambda: used() is None)
+    finally:
+        gc.enable()
 
 
 async def test_a_peer_that_says_good_bye_leaves_the_fate_unknown_at_once(cell: Cell) -> None:

@@ -77,6 +77,15 @@ async def test_an_agents_failure_is_kept_apart_from_the_mesh_s(autojump_clock: M
     assert desk.attempts == attic.attempts == []
 
 
+async def test_a_task_that_failed_is_kept_without_the_frames_of_its_error(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk = await cell.add("desk")
+    task = await desk.settle("die 3")
+    assert task.error is not None and code_of(task) is Code.AGENT_FAILED
+    assert task.error.__traceback__ is None and task.error.__cause__ is None
+
+
 async def test_progress_of_the_agent_reaches_the_submitter(autojump_clock: MockClock, cell: Cell) -> None:
     desk, _ = await cell.add("desk"), await cell.add("attic")
     task = await desk.settle("report 0.25 a quarter\nsleep 1\nreport 1 done\nsay x", on="attic")
