@@ -82,8 +82,10 @@ async def test_a_task_that_failed_is_kept_without_the_frames_of_its_error(
 ) -> None:
     desk = await cell.add("desk")
     task = await desk.settle("die 3")
-    assert task.error is not None and code_of(task) is Code.AGENT_FAILED
-    assert task.error.__traceback__ is None and task.error.__cause__ is None
+    assert task.error is not None
+    assert code_of(task) is Code.AGENT_FAILED
+    assert task.error.__traceback__ is None
+    assert task.error.__cause__ is None
 
 
 async def test_progress_of_the_agent_reaches_the_submitter(autojump_clock: MockClock, cell: Cell) -> None:
