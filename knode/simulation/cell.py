@@ -15,6 +15,7 @@ from knode.simulation.host import Host
 from knode.simulation.scenario import Scenario
 from knode.simulation.schedule import running_on
 from knode.simulation.trace import Trace, TracedRandomness
+from knode.simulation.volume import Snapshot
 from knode.simulation.world import SimulatedRandomness
 from knode.transport.memory import MemoryNetwork
 
@@ -82,6 +83,11 @@ class Cell:
     def kill(self, host: Host) -> None:
         """Kill a node's process; its peers see their links end."""
         host.die("killed")
+        self._note_silence()
+
+    def restore(self, host: Host, copy: Snapshot) -> None:
+        """Put an old copy in the place of a machine's disk; its node's process ends."""
+        host.restore(copy)
         self._note_silence()
 
     def cut_power(self, host: Host) -> None:

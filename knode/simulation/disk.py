@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 
@@ -30,7 +31,8 @@ class SimulatedDisk:
     @classmethod
     def restored(cls, snapshot: Snapshot) -> SimulatedDisk:
         """Return a disk with what was in `snapshot`, all of it durable: a restored backup."""
-        files = {name: File(data) for name, data in snapshot.files.items()}
+        # No byte of it is one that `flip` may hit before it is synced again.
+        files = {name: File(data, 0) for name, data in snapshot.files.items()}
         return cls(Volume(files, snapshot.folders))
 
     def snapshot(self) -> Snapshot:
@@ -45,6 +47,46 @@ class SimulatedDisk:
         may tear a write. This disk stays as it is, for the dying.
         """
         return SimulatedDisk(self._volume.after_crash(randomness))
+
+    def after_kill(self) -> SimulatedDisk:
+        """Return the disk as the next process finds it when this one is killed: all that was written is
+        there to be read, and what was not synced still is not. This disk stays, for the dying."""
+        return SimulatedDisk(self._volume.copy())
+
+    def flip(self, randomness: Randomness, files: str) -> str | None:
+        """Turn one bit of one file over, as platters do in time; return the file's name.
+
+        Only bytes are hit that were durable before the latest sync of their file began, so that what was
+        written after them knew of them; None when no file has such bytes.
+
+        Args:
+            files: which may be hit, by their paths: `*/raft/*.log`.
+        """
+        hit = {name: file for name, file in self._files(files) if file.settled_bytes}
+        if not hit:
+            return None
+        name = sorted(hit)[_drawn(randomness, len(hit))]
+        hit[name].flip(_drawn(randomness, hit[name].settled_bytes * 8))
+        return name
+
+    def fail_sync(self, files: str) -> None:
+        """Let the next sync of one of these files fail, and lose what was not synced of it.
+
+        Args:
+            files: which, by their paths: `*/raft/*.log`.
+        """
+
+        def fails(name: str) -> bool:
+            if not fnmatchcase(name, files):
+                return False
+            self.mend_sync()
+            return True
+
+        self._volume.fails = fails
+
+    def mend_sync(self) -> None:
+        """Let syncs succeed again, if none has failed yet."""
+        self._volume.fails = None
 
     def fill(self) -> None:
         """Let nothing more fit, until `free`."""
@@ -147,11 +189,19 @@ class SimulatedDisk:
                     self._volume.delete(name, durable=True)
             self._volume.folders -= folders
 
+    def _files(self, pattern: str) -> Iterator[tuple[str, File]]:
+        return (pair for pair in self._volume.files.items() if fnmatchcase(pair[0], pattern))
+
     def _file(self, path: Path) -> File:
         file = self._volume.files.get(str(path))
         if file is None:
             raise LocalError(Code.NOT_FOUND, f"there is no {path}", "check the path")
         return file
+
+
+def _drawn(randomness: Randomness, count: int) -> int:
+    """Return a number in [0, count)."""
+    return min(int(randomness.uniform(0.0, count)), count - 1)
 
 
 class SimulatedFile:

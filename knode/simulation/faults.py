@@ -11,18 +11,22 @@ from knode.mesh.statements import Role
 from knode.simulation.cell import Cell
 from knode.simulation.host import Host
 from knode.simulation.scenario import (
+    BitFlip,
     ClockJump,
     Cut,
+    FailedSync,
     Fault,
     Flapping,
     FullDisk,
     Kill,
+    OldCopy,
     OneWayCut,
     Partition,
     PowerCut,
     Revocation,
     RoleChange,
     Sleep,
+    SlowDisk,
     Stop,
 )
 from knode.simulation.schedule import running_on
@@ -61,6 +65,15 @@ async def _once(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> No
                 host.clock.skew_s -= jump_s
         case FullDisk():
             await _fill_disk(fault, cell, randomness)
+        case BitFlip():
+            host = _choose(cell.hosts, randomness)
+            cell.trace.note(host.name, "a bit flips", file=host.disk.flip(randomness, fault.files))
+        case FailedSync():
+            await _fail_sync(fault, cell, randomness)
+        case SlowDisk():
+            await _slow_down(fault, cell, randomness)
+        case OldCopy():
+            await _put_back(fault, cell, randomness)
         case RoleChange():
             host = _choose(cell.hosts[1:] or cell.hosts, randomness)
             await _give_role(cell, host, Role.OBSERVER)
@@ -138,6 +151,44 @@ async def _fill_disk(fault: FullDisk, cell: Cell, randomness: SimulatedRandomnes
     finally:
         host.disk.free()
         host.is_in_trouble = False
+
+
+async def _fail_sync(fault: FailedSync, cell: Cell, randomness: SimulatedRandomness) -> None:
+    disk = _choose(cell.hosts, randomness).disk
+    disk.fail_sync(fault.files)
+    try:
+        await trio.sleep(randomness.uniform(*fault.lasts_s))
+    finally:
+        disk.mend_sync()
+
+
+async def _slow_down(fault: SlowDisk, cell: Cell, randomness: SimulatedRandomness) -> None:
+    usual = [host for host in cell.hosts if not host.is_slow]
+    if not usual:
+        return
+    host = _choose(usual, randomness)
+    host.slow_down(fault.work_ms)
+    try:
+        await trio.sleep(randomness.uniform(*fault.lasts_s))
+    finally:
+        host.speed_up()
+
+
+async def _put_back(fault: OldCopy, cell: Cell, randomness: SimulatedRandomness) -> None:
+    host = _choose(cell.hosts, randomness)
+    copy = host.disk.snapshot()
+    await trio.sleep(randomness.uniform(*fault.age_s))
+    free = [host for host, _ in cell.nodes() if not host.is_in_trouble]
+    if host not in free or len(free) < 2:
+        return
+    host.is_in_trouble = True
+    try:
+        cell.restore(host, copy)
+        await trio.sleep(randomness.uniform(*fault.lasts_s))
+    finally:
+        with trio.CancelScope(shield=True):
+            await cell.start(host)
+            host.is_in_trouble = False
 
 
 async def _give_role(cell: Cell, host: Host, role: Role) -> None:

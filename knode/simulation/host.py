@@ -20,7 +20,7 @@ from knode.node.database import open_database
 from knode.simulation.disk import SimulatedDisk
 from knode.simulation.schedule import MACHINE, put_to_sleep, wake
 from knode.simulation.trace import Trace, TracedLog
-from knode.simulation.volume import Event
+from knode.simulation.volume import Event, Snapshot
 from knode.simulation.world import SimulatedBlocking, SimulatedClock, SimulatedRandomness
 from knode.transport.memory import MemoryNetwork
 from knode.world import World
@@ -54,7 +54,7 @@ class Host:
         self._log = TracedLog(trace, name)
         self._randomness = SimulatedRandomness(seed, name)
         self._fate = SimulatedRandomness(seed, f"{name}'s disk")
-        self._blocking_delay_s = work_s
+        self._usual_work_s = self._work_s = work_s
         self.home = Home(Path("/simulated") / name, runtime_folder=None)
         self.disk = SimulatedDisk()
         self.is_in_trouble = False
@@ -75,7 +75,7 @@ class Host:
     @property
     def world(self) -> World:
         """What the node takes from outside."""
-        blocking = SimulatedBlocking(self._randomness, self._blocking_delay_s)
+        blocking = SimulatedBlocking(self._randomness, lambda: self._work_s)
         return World(self.clock, self._randomness, self.disk, blocking)
 
     @property
@@ -146,12 +146,18 @@ class Host:
         chance left.
         """
         self._trace.note(self.name, "dies", how=how)
+        self._end_with(self.disk.after_kill() if how == "killed" else self.disk.crash(self._fate))
+
+    def restore(self, copy: Snapshot) -> None:
+        """End the node at this very moment, and put an old copy of its whole disk in the place of it, as who
+        restores a backup does that never was to be restored."""
+        self._trace.note(self.name, "is restored from an old copy")
+        self._end_with(SimulatedDisk.restored(copy))
+
+    def _end_with(self, left: SimulatedDisk) -> None:
         self._network.break_links(self.name)
         self.disk.watch(lambda event: None)
-        if how == "killed":
-            self._after_crash = SimulatedDisk.restored(self.disk.snapshot())
-        else:
-            self._after_crash = self.disk.crash(self._fate)
+        self._after_crash = left
         self._node = None
         self._life.cancel()
         self._tell()
@@ -167,6 +173,22 @@ class Host:
         self._trace.note(self.name, "wakes")
         self.is_asleep = False
         wake(self.name)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether its disk takes longer than usual."""
+        return self._work_s != self._usual_work_s
+
+    def slow_down(self, work_ms: tuple[float, float]) -> None:
+        """Let disk writes and other blocking work take this long (from, to), until `speed_up`."""
+        self._trace.note(self.name, "has a slow disk")
+        low_ms, high_ms = work_ms
+        self._work_s = low_ms / 1000, high_ms / 1000
+
+    def speed_up(self) -> None:
+        """Let them take what they usually do."""
+        self._trace.note(self.name, "has its usual disk")
+        self._work_s = self._usual_work_s
 
     def strike_at(self, disk_event: int, strike: Callable[[], None]) -> None:
         """Call `strike` in the midst of the disk's work: ahead of that write, sync or removal from now."""

@@ -142,6 +142,47 @@ class FullDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     lasts_s: Span
 
 
+Files = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+"""Which files of a machine, by their paths, with wildcards."""
+LOG_FILES = "*/raft/*.log"
+
+
+class BitFlip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="bit-flip"):
+    """One bit of a machine's disk turns over, for ever; nobody notices before it is read. Not one of
+    what was synced last: together with a crash that is a torn write, which no one can tell from it."""
+
+    every_s: Span
+    files: Files = LOG_FILES
+
+
+class FailedSync(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="failed-sync"
+):
+    """A machine's next sync of such a file fails, and what was to be synced is lost; all later ones
+    succeed. None failed by the end of `lasts_s`: none does."""
+
+    every_s: Span
+    lasts_s: Span
+    files: Files = LOG_FILES
+
+
+class SlowDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="slow-disk"):
+    """A machine's disk, and all other blocking work on it, takes long."""
+
+    every_s: Span
+    lasts_s: Span
+    work_ms: tuple[Milliseconds, Milliseconds] = (50.0, 1000.0)
+
+
+class OldCopy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="old-copy"):
+    """A machine's disk is copied, and `age_s` later its node is killed and the copy put back."""
+
+    every_s: Span
+    age_s: Span
+    lasts_s: Span
+    """How long the machine is gone."""
+
+
 class RoleChange(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="role-change"
 ):
@@ -168,6 +209,10 @@ Fault = (
     | Flapping
     | ClockJump
     | FullDisk
+    | BitFlip
+    | FailedSync
+    | SlowDisk
+    | OldCopy
     | RoleChange
     | Revocation
 )

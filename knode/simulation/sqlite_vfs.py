@@ -27,6 +27,8 @@ def _sqlite_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise apsw.FullError(str(error)) from error
+        if error.errno == errno.EIO:
+            raise apsw.IOError(str(error)) from error
         raise apsw.ReadOnlyError(str(error)) from error
 
 
@@ -72,6 +74,10 @@ class VolumeVfs(apsw.VFS):
             raise apsw.exception_for(apsw.SQLITE_IOERR_DELETE_NOENT)
         with _sqlite_errors():
             self._volume.delete(filename, durable=syncdir)
+
+    def xGetLastError(self) -> tuple[int, str]:
+        """Nothing is known beyond the error itself."""
+        return 0, ""
 
     def xSleep(self, microseconds: int) -> int:
         """Nobody sleeps: who holds a lock here holds it for good."""

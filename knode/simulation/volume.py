@@ -43,11 +43,12 @@ class File:
     sync has not come may be missing altogether.
     """
 
-    def __init__(self, synced: bytes | None = None) -> None:
+    def __init__(self, synced: bytes | None = None, settled_bytes: int | None = None) -> None:
         self.content = bytearray(synced or b"")
         self.locks: dict[int, int] = {}
         self._synced = None if synced is None else bytearray(synced)
         self._unsynced: list[Change] = []
+        self._settled_bytes = len(self.content) if settled_bytes is None else settled_bytes
 
     @property
     def is_new(self) -> bool:
@@ -63,9 +64,36 @@ class File:
         """Make every change durable."""
         if self._synced is None:
             self._synced = bytearray()
+        before = len(self._synced)
         for change in self._unsynced:
             _apply(self._synced, change)
+        if self._unsynced:
+            self._settled_bytes = min(before, len(self._synced))
         self._unsynced.clear()
+
+    @property
+    def settled_bytes(self) -> int:
+        """How much of it was durable when the latest sync that did anything began: what was written since
+        may know of it."""
+        return self._settled_bytes
+
+    def forget_unsynced(self) -> None:
+        """Let no later sync make durable what was changed since the last one, though programs go on to
+        see it: what systems do with pages that they could not write."""
+        self._unsynced.clear()
+
+    def flip(self, bit: int) -> None:
+        """Turn one bit of it over, on the platter and for whoever reads."""
+        for content in (self.content, self._synced):
+            if content is not None and bit // 8 < len(content):
+                content[bit // 8] ^= 1 << bit % 8
+
+    def copy(self) -> File:
+        """Return the file as another process finds it."""
+        file = File(None if self._synced is None else bytes(self._synced), self._settled_bytes)
+        file.content = bytearray(self.content)
+        file._unsynced = list(self._unsynced)
+        return file
 
     def after_crash(self, randomness: Randomness) -> File | None:
         """Return the file as it may be found after a power cut; None when it is not there."""
@@ -74,7 +102,7 @@ class File:
         content = bytearray(self._synced or b"")
         for change in _survivors(self._unsynced, randomness):
             _apply(content, change)
-        return File(bytes(content))
+        return File(bytes(content), min(self._settled_bytes, len(content)))
 
 
 class Volume:
@@ -89,6 +117,8 @@ class Volume:
         self.folders = set(folders) | {"/"}
         self.capacity_bytes: int | None = None
         self.read_only = False
+        self.fails: Callable[[str], bool] | None = None
+        """Tells whether a sync of the file with this name fails."""
         self.before: Callable[[Event], None] = lambda event: None
         self._removed: dict[str, File] = {}
 
@@ -119,6 +149,11 @@ class Volume:
         """Make the file's changes durable; a new file's first sync is one of the folders, too."""
         self.before("sync")
         self.must_be_writable()
+        if self.fails is not None:
+            name = next((name for name, known in self.files.items() if known is file), "")
+            if self.fails(name):
+                file.forget_unsynced()
+                raise OSError(errno.EIO, os.strerror(errno.EIO), name)
         if file.is_new:
             self._removed.clear()
         file.sync()
@@ -131,6 +166,8 @@ class Volume:
         self.must_be_writable(name)
         # As on a real disk, old and new are both there for a moment.
         self.must_have_room(len(data))
+        if self.fails is not None and self.fails(name):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
         self.files[name] = File(data)
         self.before("sync")
 
@@ -154,13 +191,20 @@ class Volume:
         if self.used_bytes() + more_bytes > self.capacity_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def copy(self) -> Volume:
+        """Return the volume as it is left to whoever comes after this process."""
+        volume = self._with({name: file.copy() for name, file in self.files.items()})
+        volume._removed = {name: file.copy() for name, file in self._removed.items()}
+        return volume
+
     def after_crash(self, randomness: Randomness) -> Volume:
         """Return the volume as it may be found after a power cut; this one is unchanged."""
         back = {name: file for name, file in self._removed.items() if _chance(randomness)}
         found = {name: file.after_crash(randomness) for name, file in (back | self.files).items()}
-        volume = Volume(
-            {name: file for name, file in found.items() if file is not None}, frozenset(self.folders)
-        )
+        return self._with({name: file for name, file in found.items() if file is not None})
+
+    def _with(self, files: Mapping[str, File]) -> Volume:
+        volume = Volume(files, frozenset(self.folders))
         volume.capacity_bytes = self.capacity_bytes
         volume.read_only = self.read_only
         return volume

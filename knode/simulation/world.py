@@ -61,7 +61,7 @@ class SimulatedRandomness:
 class SimulatedBlocking:
     """Blocking work done in place, at the end of a virtual delay. A real thread would be real time."""
 
-    def __init__(self, randomness: Randomness, delay_s: tuple[float, float]) -> None:
+    def __init__(self, randomness: Randomness, delay_s: Callable[[], tuple[float, float]]) -> None:
         self._randomness = randomness
         self._delay_s = delay_s
         self._limiter = trio.CapacityLimiter(BLOCKING_AT_ONCE)
@@ -70,5 +70,5 @@ class SimulatedBlocking:
         """Return what `work` returns; cancelling waits for it to end."""
         async with self._limiter:
             with trio.CancelScope(shield=True):
-                await trio.sleep(self._randomness.uniform(*self._delay_s))
+                await trio.sleep(self._randomness.uniform(*self._delay_s()))
             return work()

@@ -116,7 +116,7 @@ def test_randomness_is_a_function_of_seed_and_owner() -> None:
 
 def test_blocking_work_takes_virtual_time_and_sixteen_run_at_once() -> None:
     async def main() -> list[float]:
-        blocking = SimulatedBlocking(SimulatedRandomness(1, "a"), (1.0, 1.0))
+        blocking = SimulatedBlocking(SimulatedRandomness(1, "a"), lambda: (1.0, 1.0))
         ends: list[float] = []
         async with trio.open_nursery() as nursery:
             for _ in range(BLOCKING_AT_ONCE + 1):
@@ -129,7 +129,7 @@ def test_blocking_work_takes_virtual_time_and_sixteen_run_at_once() -> None:
 def test_cancelled_blocking_work_is_done_to_its_end() -> None:
     async def main() -> list[str]:
         done: list[str] = []
-        blocking = SimulatedBlocking(SimulatedRandomness(1, "a"), (1.0, 1.0))
+        blocking = SimulatedBlocking(SimulatedRandomness(1, "a"), lambda: (1.0, 1.0))
         with trio.move_on_after(0.5):
             await blocking.run(lambda: done.append("work"))
         return done
