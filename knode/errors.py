@@ -38,6 +38,7 @@ class Code(StrEnum):
     HOME_TOO_NEW = "HOME_TOO_NEW"
     INTERNAL = "INTERNAL"
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    KEY_CONFLICT = "KEY_CONFLICT"
     KEY_REVOKED = "KEY_REVOKED"
     LOCKED = "LOCKED"
     MANIFEST_INVALID = "MANIFEST_INVALID"
@@ -53,6 +54,7 @@ class Code(StrEnum):
     PORT_IN_USE = "PORT_IN_USE"
     RATE_LIMITED = "RATE_LIMITED"
     REPLAY = "REPLAY"
+    STALE_FENCE = "STALE_FENCE"
     TICKET_EXPIRED = "TICKET_EXPIRED"
     TICKET_INVALID = "TICKET_INVALID"
     TICKET_USED = "TICKET_USED"
@@ -94,6 +96,7 @@ TABLE: dict[Code, Meaning] = {
     Code.HOME_TOO_NEW: Meaning("the home folder was written by a newer knode", False, EXIT_FAILED),
     Code.INTERNAL: Meaning("a fault of knode itself; its log has the details", False, EXIT_FAILED),
     Code.INVALID_ARGUMENT: Meaning("a value that this call does not take", False, EXIT_USAGE),
+    Code.KEY_CONFLICT: Meaning("this key stands for a task with other input", False, EXIT_FAILED),
     Code.KEY_REVOKED: Meaning("the key was a member's and is revoked", False, EXIT_NOT_ALLOWED),
     Code.LOCKED: Meaning("another process holds it", True, EXIT_NOT_ALLOWED),
     Code.MANIFEST_INVALID: Meaning(
@@ -115,6 +118,7 @@ TABLE: dict[Code, Meaning] = {
     Code.PORT_IN_USE: Meaning("another program listens on the port", True, EXIT_FAILED),
     Code.RATE_LIMITED: Meaning("a limit is reached; ask again later", True, EXIT_FAILED),
     Code.REPLAY: Meaning("a sequence number that is not the next", False, EXIT_FAILED),
+    Code.STALE_FENCE: Meaning("the task has another attempt by now, or has ended", False, EXIT_FAILED),
     Code.TICKET_EXPIRED: Meaning("the invitation's time is over", False, EXIT_NOT_ALLOWED),
     Code.TICKET_INVALID: Meaning("not an invitation of this node", False, EXIT_NOT_ALLOWED),
     Code.TICKET_USED: Meaning("the invitation was used", False, EXIT_NOT_ALLOWED),

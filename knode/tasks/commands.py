@@ -6,12 +6,17 @@ proposed and again when they are applied.
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Annotated, TypeAlias
 
 from msgspec import Meta, Struct
 
+from knode.errors import Code, KnodeError
+from knode.klp.codec import Decoder, encode
 from knode.tasks.values import MAX_FILES, MAX_INPUT_BYTES, AgentId, FileName, Size, TaskId
 
+LEVEL = 1
+"""The feature level that this version knows: all commands below, with these fields."""
 MAX_BUNDLE_BYTES = 240 * 1024
 """Result, operations and follow-up tasks of one attempt, encoded; with it a command fits one entry."""
 MAX_OPERATIONS = 256
@@ -87,7 +92,8 @@ class Submit(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, t
     key: Key
     """Per submitter; the task's id in hexadecimal when none was given."""
     not_after: Milliseconds
-    """Until when the key is remembered. A submit that is applied later is refused."""
+    """Until when the key stands for this task, fixed by the first submit of it. A submit of a new task
+    that is applied later is refused."""
     task: NewTask
     holders: Annotated[tuple[MemberId, ...], Meta(max_length=8)]
     """Members that hold all of its files."""
@@ -114,8 +120,8 @@ class Release(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, 
 
 
 class FollowUp(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """A task that an attempt asks for. Its id is made from the parent's and its place, its submitter is
-    the parent's."""
+    """A task that an attempt asks for, without files. Its id is made from the parent's and its place (so it
+    is the same whichever attempt asked), its submitter is the parent's."""
 
     task: NewTask
 
@@ -191,3 +197,32 @@ class RaiseLevel(Struct, array_like=True, frozen=True, forbid_unknown_fields=Tru
 Command: TypeAlias = (
     Submit | Assign | Release | Complete | Fail | Cancel | Expire | Forget | Begin | RaiseLevel
 )
+
+_LAST_KIND = 10
+_decoder: Decoder[Command] = Decoder(Command)
+
+
+def decode_command(data: bytes) -> Command:
+    """Return the command that an entry holds.
+
+    Raises:
+        KnodeError: HOME_TOO_NEW for a kind that a newer knode has; BAD_FRAME, NON_CANONICAL.
+    """
+    # A command is an array whose first item is its kind, a small number.
+    if len(data) > 1 and data[0] & 0xF0 == 0x90 and _LAST_KIND < data[1] < 0x80:
+        raise KnodeError(
+            Code.HOME_TOO_NEW,
+            f"the cell's log has a command of kind {data[1]}, and this knode knows kinds up to {_LAST_KIND}",
+            "install the newer knode that the other voters run",
+        )
+    return _decoder.decode(data)
+
+
+def task_digest(task: NewTask) -> bytes:
+    """Return what a repeated key must come with again: SHA-256 over the task's encoding."""
+    return sha256(encode(task)).digest()
+
+
+def follow_up_id(parent: bytes, place: int, turn: int = 0) -> bytes:
+    """Return the id of the follow-up task at `place`; `turn` counts on when an id is taken."""
+    return sha256(b"knode follow-up" + parent + bytes([place]) + turn.to_bytes(4, "big")).digest()[:16]

@@ -1,4 +1,8 @@
-"""The life of a direct task, as a table. What is not in the table does not happen."""
+"""The life of a task, durable or direct, as one table. What is not in the table does not happen.
+
+A durable task's events are commands of the ledger (`knode.tasks.ledger`); a direct one's happen on the
+node that submitted it. `pending` is no state: it is what the outbox calls a task that no ledger has yet.
+"""
 
 from __future__ import annotations
 
@@ -10,46 +14,69 @@ from knode.errors import Code
 class State(StrEnum):
     """Where a task is."""
 
+    QUEUED = "queued"
     ASSIGNED = "assigned"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
     EXPIRED = "expired"
     UNKNOWN = "unknown"
+    """Of direct tasks alone: nobody can say whether it was done."""
 
     @property
     def final(self) -> bool:
         """Whether it stays so for ever."""
-        return self is not State.ASSIGNED
+        return self not in (State.QUEUED, State.ASSIGNED)
 
 
-class Outcome(StrEnum):
+class Event(StrEnum):
     """What can happen to a task."""
 
+    SUBMITTED = "submitted"
+    SENT = "sent directly"
+    ASSIGNED = "assigned, next attempt"
+    RELEASED = "lease lost, node gone or refuses"
+    RETRIED = "failed, attempts left"
     COMPLETED = "completed"
-    AGENT_OR_MESH_FAILED = "failed"
+    FAILED = "failed"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
-    LOST = "lost"
+    LOST = "direct, no answer"
 
 
-TRANSITIONS: dict[tuple[State, Outcome], State] = {
-    (State.ASSIGNED, Outcome.COMPLETED): State.SUCCEEDED,
-    (State.ASSIGNED, Outcome.AGENT_OR_MESH_FAILED): State.FAILED,
-    (State.ASSIGNED, Outcome.CANCELLED): State.CANCELLED,
-    (State.ASSIGNED, Outcome.DEADLINE): State.EXPIRED,
-    (State.ASSIGNED, Outcome.LOST): State.UNKNOWN,
+TRANSITIONS: dict[tuple[State | None, Event], State] = {
+    (None, Event.SUBMITTED): State.QUEUED,
+    (None, Event.SENT): State.ASSIGNED,
+    (State.QUEUED, Event.ASSIGNED): State.ASSIGNED,
+    (State.QUEUED, Event.CANCELLED): State.CANCELLED,
+    (State.QUEUED, Event.DEADLINE): State.EXPIRED,
+    (State.ASSIGNED, Event.RELEASED): State.QUEUED,
+    (State.ASSIGNED, Event.RETRIED): State.QUEUED,
+    (State.ASSIGNED, Event.COMPLETED): State.SUCCEEDED,
+    (State.ASSIGNED, Event.FAILED): State.FAILED,
+    (State.ASSIGNED, Event.CANCELLED): State.CANCELLED,
+    (State.ASSIGNED, Event.DEADLINE): State.EXPIRED,
+    (State.ASSIGNED, Event.LOST): State.UNKNOWN,
 }
 
-_OUTCOMES: dict[Code, Outcome] = {
-    Code.CANCELLED: Outcome.CANCELLED,
-    Code.EXPIRED: Outcome.DEADLINE,
+_EVENTS: dict[Code, Event] = {
+    Code.CANCELLED: Event.CANCELLED,
+    Code.EXPIRED: Event.DEADLINE,
     # Sent, and no answer: whether it ran, and how far, nobody can say.
-    Code.TIMEOUT: Outcome.LOST,
-    Code.UNKNOWN: Outcome.LOST,
+    Code.TIMEOUT: Event.LOST,
+    Code.UNKNOWN: Event.LOST,
 }
 
 
-def outcome_of(code: Code) -> Outcome:
-    """Return what an error means for the task that met it."""
-    return _OUTCOMES.get(code, Outcome.AGENT_OR_MESH_FAILED)
+def event_of(code: Code) -> Event:
+    """Return what an error means for the direct task that met it."""
+    return _EVENTS.get(code, Event.FAILED)
+
+
+def diagram() -> str:
+    """Return the table as a Mermaid diagram; the guide on tasks shows it."""
+    lines = ["stateDiagram-v2"]
+    for (state, event), after in TRANSITIONS.items():
+        lines.append(f"    {state or '[*]'} --> {after}: {event}")
+    lines += [f"    {state} --> [*]" for state in State if state.final]
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from knode.errors import KnodeError
-from knode.tasks.lifecycle import TRANSITIONS, Outcome, State, outcome_of
+from knode.tasks.lifecycle import TRANSITIONS, Event, State, event_of
 
 MAX_PROGRESS = 100
 """Reports kept for whoever begins to watch late."""
@@ -48,13 +48,13 @@ class Task:
 
     def succeed(self, output: bytes) -> None:
         """End it with the agent's output."""
-        self._move(Outcome.COMPLETED)
+        self._move(Event.COMPLETED)
         self.output = output
         self._tell()
 
     def fail(self, error: KnodeError) -> None:
         """End it with an error, whose code says how."""
-        self._move(outcome_of(error.code))
+        self._move(event_of(error.code))
         self.error = error.bare()
         self._tell()
 
@@ -94,8 +94,8 @@ class Task:
             "submitted": self.submitted,
         }
 
-    def _move(self, outcome: Outcome) -> None:
-        self.state = TRANSITIONS[self.state, outcome]
+    def _move(self, event: Event) -> None:
+        self.state = TRANSITIONS[self.state, event]
 
     def _tell(self) -> None:
         self.changed.set()

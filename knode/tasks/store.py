@@ -1,0 +1,264 @@
+"""The ledger on disk: applies what was committed, and says what stands there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import apsw
+
+from knode.consensus.messages import Entry, Index, Kind
+from knode.errors import Code, KnodeError
+from knode.storage import Database
+from knode.tasks import dump, tables
+from knode.tasks.commands import decode_command
+from knode.tasks.ledger import apply
+from knode.tasks.lifecycle import State
+from knode.tasks.records import Change, LedgerTask, Operation, Outcome, TaskRecord, Totals
+from knode.tasks.tables import MIGRATIONS, Batch, Held
+from knode.world import World
+
+Outcomes: TypeAlias = list[Outcome | None]
+"""Of one batch, an entry each; None of an entry that holds no command."""
+
+MAX_LISTED = 1_000
+MAX_LISTED_BYTES = 4 * 1024 * 1024
+MAX_OPERATIONS_READ = 1_000
+
+
+class LedgerStore:
+    """The cell's ledger; a `knode.consensus.state_machine.StateMachine`. Make one with `open`.
+
+    Derived from the Raft log, so a power cut may take its last transactions, state and applied index
+    together: the log is kept until `sync` says how far the ledger itself is durable.
+
+    `live`, `totals` and what follows from them are of the last batch that was committed; they change
+    between two steps of the loop only.
+    """
+
+    def __init__(self, world: World, path: Path, database: Database, held: Held) -> None:
+        self._world = world
+        self._path = path
+        self._database = database
+        self._held = held
+        self.on_change: list[Callable[[Sequence[Change]], None]] = []
+        """Called after each batch with what it changed, in order; must not raise. After `restore`: with
+        the tasks that had not ended before or have not ended now."""
+
+    @classmethod
+    async def open(cls, world: World, path: Path) -> LedgerStore:
+        """Open or make the ledger.
+
+        Raises:
+            KnodeError: as `Database.open`.
+        """
+        database = await Database.open(world, path, MIGRATIONS, synchronous="NORMAL")
+        try:
+            return cls(world, path, database, await database.read(Held.load))
+        except BaseException:
+            await database.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """Close the file; twice is no error."""
+        await self._database.aclose()
+
+    # What stands there.
+
+    @property
+    def applied(self) -> Index:
+        """Index of the last entry that is in it."""
+        return self._held.totals.applied
+
+    @property
+    def totals(self) -> Totals:
+        """Where the ledger stands; not to be changed."""
+        return self._held.totals
+
+    @property
+    def incarnation(self) -> bytes:
+        """Hash of the cell's incarnation; 32 zero bytes before the first began."""
+        return self._held.totals.incarnation
+
+    @property
+    def now(self) -> int:
+        """The ledger's time: the greatest that any entry had, milliseconds."""
+        return self._held.totals.now
+
+    @property
+    def level(self) -> int:
+        """The feature level of the cell."""
+        return self._held.totals.level
+
+    @property
+    def live(self) -> Mapping[bytes, LedgerTask]:
+        """Every task that has not ended, by id, in order of submission."""
+        return self._held.live
+
+    @property
+    def counts(self) -> dict[State, int]:
+        """How many tasks are kept in each state."""
+        totals = self._held.totals
+        counts = dict.fromkeys((State.QUEUED, State.ASSIGNED), 0)
+        for task in self._held.live.values():
+            counts[task.state] += 1
+        return counts | {
+            State.SUCCEEDED: totals.succeeded,
+            State.FAILED: totals.failed,
+            State.CANCELLED: totals.cancelled,
+            State.EXPIRED: totals.expired,
+        }
+
+    async def task(self, id: bytes) -> TaskRecord | None:
+        """Return a task with what was asked for or what came of it; None when it is not kept."""
+        return await self._database.read(lambda connection: tables.read_task(connection, id))
+
+    async def find(self, prefix: str) -> TaskRecord:
+        """Return the task whose id in hexadecimal begins with `prefix`.
+
+        Raises:
+            KnodeError: NOT_FOUND, or INVALID_ARGUMENT when several do.
+        """
+
+        def find(connection: apsw.Connection) -> TaskRecord | None:
+            ids = _ids_with(connection, prefix)
+            if len(ids) > 1:
+                raise KnodeError(
+                    Code.INVALID_ARGUMENT, f"{prefix!r} fits several tasks", "give more of the id"
+                )
+            return tables.read_task(connection, ids[0]) if ids else None
+
+        found = await self._database.read(find)
+        if found is None:
+            raise KnodeError(
+                Code.NOT_FOUND,
+                f"the cell has no task {prefix[:64]!r}",
+                "'knode task list' shows those that it keeps",
+            )
+        return found
+
+    async def list(
+        self, limit: int, *, before: int | None = None, most_bytes: int = MAX_LISTED_BYTES
+    ) -> list[TaskRecord]:
+        """Return the newest tasks, newest first, without what was asked for and who was considered.
+
+        Args:
+            limit: at most MAX_LISTED.
+            before: only tasks with a smaller `number`: where the list before ended.
+            most_bytes: of results together, but for the first task's; the list ends before it is over.
+        """
+        return await self._database.read(
+            partial(
+                tables.read_tasks,
+                before=2**62 if before is None else before,
+                limit=min(limit, MAX_LISTED),
+                most_bytes=most_bytes,
+            )
+        )
+
+    async def operations(
+        self, after: int, limit: int, *, incarnation: bytes | None = None
+    ) -> Sequence[Operation]:
+        """Return up to `limit` operations with numbers over `after`, of the present incarnation's stream or
+        another's."""
+        stream = self.incarnation if incarnation is None else incarnation
+        most = min(limit, MAX_OPERATIONS_READ)
+        return await self._database.read(
+            lambda connection: tables.read_operations(connection, stream, after, most)
+        )
+
+    # The state machine.
+
+    async def apply(self, entries: Sequence[Entry]) -> Outcomes:
+        """Apply committed entries in one transaction; see `StateMachine.apply`.
+
+        Raises:
+            KnodeError: HOME_TOO_NEW for a command of a newer version, DISK_FULL, DISK_READ_ONLY,
+                HOME_DAMAGED: nothing was applied.
+
+        Cancelled before the transaction begins, nothing was applied; after that it is applied and seen.
+        """
+        batch, outcomes = await self._database.write(partial(_apply, held=self._held, entries=entries))
+        batch.publish()
+        self._tell(batch.changes)
+        return outcomes
+
+    async def sync(self) -> Index:
+        """Make all that is applied survive a power cut; return its index."""
+        applied = self.applied
+        await self._database.sync()
+        return applied
+
+    async def dump(self, path: Path) -> Index:
+        """Write the whole ledger to a new file, synced; return its index.
+
+        Raises:
+            KnodeError: DISK_FULL and the like; then there is no file.
+        """
+
+        def write(connection: apsw.Connection) -> Index:
+            totals = tables.read_totals(connection)
+            dump.write_dump(connection, self._world.disk, path, totals)
+            return totals.applied
+
+        return await self._database.read(write)
+
+    async def restore(self, path: Path) -> Index:
+        """Replace the ledger by that of a file, durably; return its index.
+
+        Raises:
+            KnodeError: BAD_FRAME for a file that is no whole dump, HOME_TOO_NEW, NOT_FOUND, DISK_FULL and
+                the like: nothing has changed.
+        """
+
+        def take(connection: apsw.Connection) -> Held:
+            dump.read_dump(connection, self._world.disk, path)
+            return Held.load(connection)
+
+        before, self._held = self._held, await self._database.write(take)
+        self._tell(
+            [
+                Change(id, task.state if (task := before.live.get(id)) else None, self._held.live.get(id))
+                for id in dict.fromkeys((*before.live, *self._held.live))
+            ]
+        )
+        return await self.sync()
+
+    def _tell(self, changes: Sequence[Change]) -> None:
+        if changes:
+            for listener in self.on_change:
+                listener(changes)
+
+
+def _apply(connection: apsw.Connection, *, held: Held, entries: Sequence[Entry]) -> tuple[Batch, Outcomes]:
+    batch = Batch(connection, held)
+    outcomes = [_apply_one(batch, entry) for entry in entries]
+    batch.save()
+    return batch, outcomes
+
+
+def _apply_one(batch: Batch, entry: Entry) -> Outcome | None:
+    assert entry.index == batch.totals.applied + 1, "entries are applied one after the other"
+    batch.totals.applied = entry.index
+    if entry.kind is not Kind.COMMAND or not entry.data:
+        return None
+    try:
+        command = decode_command(entry.data)
+    except KnodeError as error:
+        if error.code is Code.HOME_TOO_NEW:
+            raise
+        # The same bytes are refused everywhere.
+        return Outcome(error.code, error.message)
+    return apply(batch, command)
+
+
+def _ids_with(connection: apsw.Connection, prefix: str) -> list[bytes]:
+    try:
+        low, high = bytes.fromhex(prefix.ljust(32, "0")), bytes.fromhex(prefix.ljust(32, "f"))
+    except ValueError:
+        return []
+    if not prefix or len(low) != 16:
+        return []
+    return tables.read_ids(connection, low, high, 2)

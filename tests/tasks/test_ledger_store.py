@@ -1,0 +1,202 @@
+"""The ledger on disk: what it shows, what survives, dumps, and who is told."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import trio
+from ledger_commands import BEN, FIRST, Cell, InPlace, cell, id_of, new_task
+
+from knode.consensus.state_machine import StateMachine
+from knode.errors import Code, KnodeError
+from knode.simulation.disk import SimulatedDisk
+from knode.tasks.lifecycle import State
+from knode.tasks.records import Change
+from knode.tasks.store import LedgerStore
+from knode.world import World
+from knode.world.real import real_world
+
+DUMP = Path("/state/dump")
+
+
+async def test_it_is_a_state_machine() -> None:
+    async with cell() as c:
+        machine: StateMachine = c.store
+        assert machine.applied == 0
+
+
+async def some_tasks(c: Cell) -> None:
+    await c.do(c.begin(0, FIRST), *(c.submit(n, holders=(BEN,)) for n in range(1, 5)))
+    await c.do(c.assign(1), c.assign(2), c.complete(1, operations=(b"a",), follow_ups=(new_task(b"more"),)))
+    await c.do(c.fail(2), c.cancel(3))
+
+
+async def test_what_was_applied_is_there_after_closing_and_opening(tmp_path: Path) -> None:
+    world = real_world()
+    store = await LedgerStore.open(world, tmp_path / "ledger.db")
+    c = Cell(store, world)
+    await some_tasks(c)
+    shown = [await store.list(10), dict(store.live), store.totals, store.counts]
+    assert [record.task.state for record in shown[0]] == [
+        State.QUEUED,
+        State.QUEUED,
+        State.CANCELLED,
+        State.QUEUED,
+        State.SUCCEEDED,
+    ]
+    await store.aclose()
+    again = await LedgerStore.open(world, tmp_path / "ledger.db")
+    assert [await again.list(10), dict(again.live), again.totals, again.counts] == shown
+    assert list(again.live) == list(shown[1])
+    assert again._held.usage == store._held.usage
+    await again.aclose()
+
+
+async def test_tasks_are_found_by_the_start_of_their_id() -> None:
+    async with cell() as c:
+        await c.do(*(c.submit(n) for n in range(40)))
+        ids = sorted(id_of(n).hex() for n in range(40))
+        for id in ids:
+            assert (await c.store.find(id)).task.id.hex() == id
+            assert (await c.store.find(id[:9])).task.id.hex() == id
+        for wrong in ("", "zz", "0" * 32, "0" * 33, ids[0] + "0"):
+            with pytest.raises(KnodeError) as error:
+                await c.store.find(wrong)
+            assert error.value.code is Code.NOT_FOUND, wrong
+        twin = next(a[0] for a, b in itertools.pairwise(ids) if a[0] == b[0])
+        with pytest.raises(KnodeError) as error:
+            await c.store.find(twin)
+        assert error.value.code is Code.INVALID_ARGUMENT
+        assert await c.store.task(id_of(99)) is None
+
+
+async def test_lists_are_newest_first_and_end_before_they_are_too_long() -> None:
+    async with cell() as c:
+        for n in range(1, 6):
+            await c.do(c.submit(n, to=BEN), c.complete(n, result=b"x" * 100))
+        pages = [await c.store.list(2), await c.store.list(2, before=4), await c.store.list(2, before=2)]
+        assert [[record.task.number for record in page] for page in pages] == [[5, 4], [3, 2], [1]]
+        assert [r.task.number for r in await c.store.list(10, most_bytes=250)] == [5, 4]
+        assert [r.task.number for r in await c.store.list(10, most_bytes=1)] == [5], "one at least"
+
+
+async def test_listeners_hear_each_change_once_it_is_durable_in_order() -> None:
+    async with cell() as c:
+        heard: list[tuple[bytes, State | None, State | None]] = []
+
+        def hear(changes: Sequence[Change]) -> None:
+            heard.extend((x.id, x.before, x.after.state if x.after else None) for x in changes)
+            assert c.store.applied > 0
+
+        c.store.on_change.append(hear)
+        await c.do(c.submit(1, to=BEN), c.complete(1), c.submit(2))
+        await c.do(c.assign(77))
+        assert heard == [
+            (id_of(1), None, State.QUEUED),
+            (id_of(1), State.QUEUED, State.ASSIGNED),
+            (id_of(1), State.ASSIGNED, State.SUCCEEDED),
+            (id_of(2), None, State.QUEUED),
+        ]
+
+
+async def test_a_full_disk_applies_nothing_and_the_same_entries_apply_later() -> None:
+    disk = SimulatedDisk()
+    async with cell(disk) as c:
+        await some_tasks(c)
+        before = [c.store.totals, dict(c.store.live), dict(c.store._held.usage)]
+        disk.fill()
+        batch = [c.submit(50, new_task(b"x" * 100_000)), c.cancel(4)]
+        with pytest.raises(KnodeError) as error:
+            await c.do(*batch)
+        assert error.value.code is Code.DISK_FULL
+        assert [c.store.totals, c.store.live, c.store._held.usage] == before
+        disk.free()
+        outcomes = await c.do(*batch)
+        assert [outcome.code for outcome in outcomes] == [None, None]
+    disk.close()
+
+
+async def test_a_cancelled_apply_that_had_begun_is_done_and_seen() -> None:
+    async with cell() as c:
+        at_work, go_on = trio.Event(), trio.Event()
+
+        class Slow(InPlace):
+            async def run(self, work):  # type: ignore[no-untyped-def]
+                with trio.CancelScope(shield=True):
+                    at_work.set()
+                    await go_on.wait()
+                return work()
+
+        database = c.store._database
+        database._world = World(c.world.clock, c.world.randomness, c.world.disk, Slow())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(c.do, c.submit(1))
+            await at_work.wait()
+            nursery.cancel_scope.cancel()
+            go_on.set()
+        assert c.store.applied == 1
+        assert list(c.store.live) == [id_of(1)]
+
+
+async def test_a_dump_restored_elsewhere_is_the_same_ledger() -> None:
+    disk = SimulatedDisk()
+    async with cell(disk) as c, cell() as other:
+        await some_tasks(c)
+        assert await c.store.dump(DUMP) == c.store.applied
+        data = disk.read(DUMP, limit_bytes=2**20)
+        other.world.disk.write(DUMP, data)
+        heard: list[Change] = []
+        await other.do(other.submit(4), other.submit(9))
+        other.store.on_change.append(heard.extend)
+        assert await other.store.restore(DUMP) == c.store.applied
+        assert [other.store.totals, other.store.live, other.store.counts] == [
+            c.store.totals,
+            c.store.live,
+            c.store.counts,
+        ]
+        assert await other.store.list(10) == await c.store.list(10)
+        assert await other.store.operations(0, 10) == await c.store.operations(0, 10)
+        assert {change.id: change.before for change in heard}[id_of(9)] is State.QUEUED
+        await other.store.dump(DUMP)
+        assert other.world.disk.read(DUMP, limit_bytes=2**20) == data
+        await other.do(*(step for step in (other.assign(4), other.complete(4))))
+    disk.close()
+
+
+async def test_a_dump_that_is_damaged_anywhere_changes_nothing() -> None:
+    async with cell() as c:
+        await some_tasks(c)
+        await c.store.dump(DUMP)
+        good = c.world.disk.read(DUMP, limit_bytes=2**20)
+        await c.one(c.submit(9))
+        before = [c.store.totals, dict(c.store.live), await c.store.list(10)]
+        step = max(1, len(good) // 60)
+        bad = [good[:at] for at in range(0, len(good), step)]
+        bad += [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in range(0, len(good), step)]
+        bad += [good + b"x", good[:-1], b""]
+        for data in bad:
+            c.world.disk.write(DUMP, data)
+            with pytest.raises(KnodeError) as error:
+                await c.store.restore(DUMP)
+            assert error.value.code in (Code.BAD_FRAME, Code.HOME_TOO_NEW)
+            assert (error.value.code is Code.HOME_TOO_NEW) <= (data[:13] == b"knode ledger ")
+            assert [c.store.totals, c.store.live, await c.store.list(10)] == before
+        with pytest.raises(KnodeError) as error:
+            await c.store.restore(Path("/state/none"))
+        assert error.value.code is Code.NOT_FOUND
+
+
+async def test_a_dump_that_does_not_fit_on_the_disk_leaves_no_file() -> None:
+    disk = SimulatedDisk()
+    async with cell(disk) as c:
+        await some_tasks(c)
+        disk.fill()
+        with pytest.raises(KnodeError) as error:
+            await c.store.dump(DUMP)
+        assert error.value.code is Code.DISK_FULL
+        assert not disk.exists(DUMP)
+        disk.free()
+    disk.close()
