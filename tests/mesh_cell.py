@@ -33,7 +33,7 @@ from knode.storage import Database
 from knode.transport import Carrier
 from knode.transport.address import is_host_and_port
 from knode.transport.memory import MemoryNetwork
-from knode.world import Monotonic, WallTime, World
+from knode.world import Disk, Monotonic, WallTime, World
 from knode.world.real import RealDisk
 
 __all__ = ["Cell", "MeshNode", "RecordingLog", "Stranger", "refused", "until"]
@@ -123,12 +123,14 @@ class MeshNode:
         *,
         host: str = "",
         key: KeyPair | None = None,
+        disk: Disk | None = None,
     ) -> None:
         self.name = name
+        self.disk = disk or RealDisk()
         self.key = key or key_of(name)
         self.owner_key: KeyPair | None = None
         self.clock = MovableClock()
-        self.world = World(self.clock, SeededRandomness(name), RealDisk(), InlineBlocking())
+        self.world = World(self.clock, SeededRandomness(name), self.disk, InlineBlocking())
         self.log = RecordingLog()
         self.host = host
         self.file = folder / f"{name}.db"
@@ -144,9 +146,17 @@ class MeshNode:
         self._scope = trio.CancelScope()
         self._down = trio.Event()
 
+    migrations = MIGRATIONS
+
+    async def assemble(self) -> None:
+        """Make the rooms above the mesh, of which this node has none."""
+
+    async def work(self, nursery: trio.Nursery) -> None:
+        """Run them."""
+
     async def open(self) -> None:
         """Read the database; nothing is listened to yet."""
-        self.database = await Database.open(self.world, self.file, MIGRATIONS, synchronous="NORMAL")
+        self.database = await Database.open(self.world, self.file, self.migrations, synchronous="NORMAL")
         self.membership = Membership(self.world, self.database, self.key, self.owner_key)
         await self.membership.load()
 
@@ -165,7 +175,7 @@ class MeshNode:
         self._starts += 1
         self._scope, self._down = trio.CancelScope(), trio.Event()
         self.world = World(
-            self.clock, SeededRandomness(f"{self.name} {self._starts}"), RealDisk(), InlineBlocking()
+            self.clock, SeededRandomness(f"{self.name} {self._starts}"), self.disk, InlineBlocking()
         )
         await self.open()
         self.methods = Methods()
@@ -183,6 +193,7 @@ class MeshNode:
         self.gossip = Gossip(self.world, self.membership, self.peers, self.methods, self.log)
         self.joining = Joining(self.world, self.membership, self.peers, self.gossip, self.methods)
         self.pinging = Pinging(self.world, self.methods)
+        await self.assemble()
         self.methods.add("test.echo", Text, self._echo)
         self.methods.add("test.wait", Text, self._wait)
         self.methods.add("test.stream", Text, self._drain)
@@ -198,6 +209,7 @@ class MeshNode:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self.peers.run, listeners)
                     nursery.start_soon(self.gossip.run)
+                    await self.work(nursery)
                     if self.membership.in_cell:
                         await self.tell_contact()
                     task_status.started()

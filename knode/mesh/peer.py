@@ -139,6 +139,21 @@ class Peer:
         if self.conversation is not None:
             self.conversation.send_or_close(Event(topic, context, body))
 
+    def offer_event(self, topic: str, body: bytes, context: Context) -> bool:
+        """Send an event that may as well be lost: not when too much waits for the peer already.
+
+        Returns:
+            Whether it is on its way.
+        """
+        if self.conversation is None:
+            return False
+        try:
+            self.conversation.send(Event(topic, context, body))
+        except KnodeError as error:
+            assert error.code is not Code.TOO_LARGE
+            return False
+        return True
+
     async def request(
         self,
         method: str,

@@ -60,6 +60,8 @@ class Peers:
         self.handshakes = Handshakes(world, key, self.boot, membership, log)
         self.on_conversation: list[Callable[[Peer, Conversation], None]] = []
         """Called when a conversation with a member was opened."""
+        self.on_lost: list[Callable[[Peer], None]] = []
+        """Called when the last conversation with a peer has ended."""
         self._world = world
         self._key = key
         self._membership = membership
@@ -341,6 +343,9 @@ class Peers:
             peer.detach(conversation)
             if not conversation.established.ticket:
                 self._log.info("peer disconnected", peer=peer.node_id, why=conversation.end_reason)
+                if not peer.conversations:
+                    for tell in self.on_lost:
+                        tell(peer)
                 self._forget_stranger(peer)
             await self._close(conversation.link, error, conversation.established.ticket or peer.key.raw)
 

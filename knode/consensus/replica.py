@@ -1,0 +1,604 @@
+"""This node's part in the consensus of its cell: the shell between the driver of one replica and the mesh.
+
+Every member has a replica. Until the leader's configuration names it, it is silent; and once it is unfit
+(`knode.consensus.standing`) or its disk has failed, it takes part no more, while its node goes on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from knode.consensus.backlog import Backlog
+from knode.consensus.configuration import everyone, founded
+from knode.consensus.driver import Driver, not_leader
+from knode.consensus.envelope import (
+    REFUSED_TOPIC,
+    TOPIC,
+    Asked,
+    Envelope,
+    Leading,
+    Offer,
+    Readable,
+    Refused,
+    envelopes,
+    leadings,
+    readables,
+    refusals,
+)
+from knode.consensus.installation import Installation
+from knode.consensus.journal import Journal
+from knode.consensus.messages import Configuration, Entry, Index, InstallSnapshot, Message, ReplicaId, Term
+from knode.consensus.raft import Raft
+from knode.consensus.ready import Recovered
+from knode.consensus.settings import Settings
+from knode.consensus.standing import Standing
+from knode.consensus.state_machine import StateMachine
+from knode.consensus.transfer import METHOD as SNAPSHOT_METHOD
+from knode.consensus.transfer import Transfers
+from knode.consensus.voters import member_of
+from knode.errors import Code, KnodeError
+from knode.identity import PublicKey
+from knode.klp.codec import encode
+from knode.klp.messages import Context
+from knode.mesh.incarnations import Incarnation
+from knode.mesh.liveness import PeerState
+from knode.mesh.member_log import MemberLog
+from knode.mesh.membership import Membership
+from knode.mesh.methods import Call, Methods
+from knode.mesh.peer import Peer
+from knode.mesh.peers import Peers
+from knode.mesh.roster import Member
+from knode.mesh.statements import Genesis
+from knode.storage import Database
+from knode.world import Log, Monotonic, World
+
+NOTES = 256
+"""Messages that wait until it is recorded what their senders have shown."""
+HAND_OVER_S = 1.0
+ASK_AGAIN_S = 0.2
+ANSWER_S = 5.0
+FIRST_INCARNATION = 0
+
+OnApplied = Callable[[Sequence[Entry], Sequence[Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Life:
+    """A replica that takes part."""
+
+    standing: Standing
+    driver: Driver
+    transfers: Transfers
+
+
+class Replica:
+    """This node's replica: none before it is in a cell, one after that."""
+
+    def __init__(
+        self,
+        world: World,
+        membership: Membership,
+        peers: Peers,
+        methods: Methods,
+        database: Database,
+        state_machine: StateMachine,
+        folder: Path,
+        log: Log,
+        *,
+        settings: Settings | None = None,
+    ) -> None:
+        self.standing: Standing | None = None
+        """What this replica must remember; None outside of a cell."""
+        self.stopped: KnodeError | None = None
+        """Why it takes no part, though it should; None: it does, or this node is in no cell."""
+        self.dropped: Counter[str] = Counter()
+        """How many messages were not sent or not taken, by reason."""
+        self.on_applied: list[OnApplied] = []
+        """Called with each batch that was applied here and its outcomes; must not raise."""
+        self.on_leader: list[Callable[[], None]] = []
+        """Called whenever this replica begins or ceases to lead; must not raise."""
+        self._world = world
+        self._membership = membership
+        self._peers = peers
+        self._database = database
+        self._state_machine = state_machine
+        self._folder = folder
+        self._log = log
+        self._member_log = MemberLog(world.clock, log)
+        self._settings = settings or Settings()
+        self._life: _Life | None = None
+        self._unrecorded: deque[Envelope | Refused] = deque()
+        self._record_work = trio.Event()
+        self._in_cell = trio.Event()
+        self._told_refusal: dict[ReplicaId, float] = {}
+        membership.changed.append(lambda _: self._in_cell.set())
+        peers.on_event(TOPIC, self._take)
+        peers.on_event(REFUSED_TOPIC, self._take_refusal)
+        peers.on_lost.append(self._lose)
+        methods.add("consensus.read", Asked, self._answer_read)
+        methods.add("consensus.leader", Asked, self._answer_leader)
+        methods.add(SNAPSHOT_METHOD, Offer, self._answer_snapshot)
+
+    # What the node's rooms ask.
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this replica leads, and has applied all that was committed before it did."""
+        return self._life is not None and self._life.driver.is_leader
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the configuration that it knows names this replica: it has, or gets, the ledger."""
+        life = self._life
+        return life is not None and life.standing.replica_id in everyone(life.driver.raft.configuration)
+
+    @property
+    def term(self) -> Term:
+        """The latest term that this replica knows; 0 without one."""
+        return self._life.driver.raft.term if self._life is not None else 0
+
+    @property
+    def applied(self) -> Index:
+        """The last index that is applied here."""
+        return self._state_machine.applied
+
+    @property
+    def raft(self) -> Raft | None:
+        """The core, to look at; None when this node takes no part."""
+        return self._life.driver.raft if self._life is not None else None
+
+    @property
+    def trouble(self) -> KnodeError | None:
+        """Why it stands still or takes no part; None: it works."""
+        return self.stopped or (self._life.driver.trouble if self._life is not None else None)
+
+    def leader(self) -> Member | None:
+        """Return who leads, as far as this replica knows; None also without a replica that is named."""
+        life = self._life
+        if life is None or life.driver.raft.leader is None or life.driver.trouble is not None:
+            return None
+        return self._membership.roster.holders.get(member_of(life.driver.raft.leader))
+
+    async def find_leader(self, *, deadline: Monotonic) -> Member:
+        """Return who leads: as this replica knows, or else as another member's does.
+
+        Raises:
+            KnodeError: UNAVAILABLE when nobody is known to lead until `deadline`.
+        """
+        with trio.move_on_at(deadline):
+            while True:
+                leader = self.leader() or (None if self.is_named else await self._ask_for_leader())
+                if leader is not None:
+                    return leader
+                await self._until_leader_changes()
+        raise _no_leader()
+
+    async def propose(self, command: bytes, *, deadline: Monotonic) -> Any:
+        """Append a command to the cell's log; return the outcome of its apply here.
+
+        Raises:
+            KnodeError: UNAVAILABLE when this is not the leader, or another was elected before it was
+                committed: it was not done. RATE_LIMITED, TOO_LARGE: nothing was proposed. TIMEOUT, UNKNOWN:
+                it may still be committed.
+
+        Cancelled, it may still be committed.
+        """
+        driver = self._working().driver
+        position, promise = driver.propose(command)
+        try:
+            with trio.move_on_at(deadline):
+                return await promise.value()
+        finally:
+            driver.forget(position)
+        raise KnodeError(
+            Code.TIMEOUT, "no quorum in time; it may still be done", "'knode status' shows who is here"
+        )
+
+    async def barrier(self, *, deadline: Monotonic) -> None:
+        """Return once all that was committed when it was called is applied here (section 6.4).
+
+        Raises:
+            KnodeError: UNAVAILABLE when no leader with a quorum is found until `deadline`, or this node has
+                no replica that is named; TIMEOUT when this replica does not come up to it until then.
+        """
+        if not self.is_named:
+            raise KnodeError(Code.UNAVAILABLE, "this node does not hold the ledger", "ask another member")
+        driver = self._working().driver
+        index: Index | None = None
+        with trio.move_on_at(deadline):
+            while index is None:
+                index = await self._readable(deadline)
+            await driver.until_applied(index)
+            return
+        if index is None:
+            raise _no_leader()
+        raise KnodeError(Code.TIMEOUT, "this node has not caught up in time", "try again")
+
+    def change(self, target: Configuration) -> None:
+        """Begin to change who votes and who learns; see `Raft.change`.
+
+        Raises:
+            KnodeError: UNAVAILABLE when this is not the leader, or a change is not finished.
+        """
+        self._working().driver.change(target)
+
+    def transfer(self, to: ReplicaId) -> None:
+        """Let another voter lead, if it is here and caught up; UNAVAILABLE when this is not the leader."""
+        self._working().driver.transfer(to)
+
+    async def hand_over(self) -> None:
+        """Let another lead before this node goes; return when one does, or after a second."""
+        life = self._life
+        if life is None or not life.driver.is_leader:
+            return
+        raft = life.driver.raft
+        others = {r: s for r, s in raft.progress.items() if r in raft.configuration.voters and s.active}
+        best = max(sorted(others), key=lambda replica: others[replica].match, default=None)
+        if best is None:
+            return
+        try:
+            life.driver.transfer(best)
+        except KnodeError:
+            return
+        with trio.move_on_after(HAND_OVER_S):
+            while raft.leader != best:
+                await life.driver.changed.wait()
+
+    # Its life.
+
+    async def open(self) -> None:
+        """Read what the disk holds, when this node is in a cell; nothing is said yet.
+
+        Raises:
+            KnodeError: HOME_DAMAGED in a cell of one member, which nobody else could bring back;
+                HOME_TOO_NEW, DISK_FULL, DISK_READ_ONLY.
+        """
+        if self._membership.in_cell and self._life is None:
+            await self._open()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take part until cancelled; wait for the cell when there is none yet."""
+        task_status.started()
+        while not self._membership.in_cell:
+            self._in_cell = trio.Event()
+            await self._in_cell.wait()
+        if self.standing is None:
+            await self._open()
+        life = self._life
+        if life is None:
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(life.transfers.run)
+                nursery.start_soon(self._record)
+                try:
+                    await life.driver.run()
+                except KnodeError as error:
+                    await self._stop(life.standing, error)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._life = None
+
+    async def aclose(self) -> None:
+        """Close the log of a replica that was opened and never run."""
+        life, self._life = self._life, None
+        if life is not None:
+            with trio.CancelScope(shield=True):
+                await life.driver.aclose()
+
+    async def _open(self) -> None:
+        roster, own = self._membership.roster, self._membership.own
+        genesis = roster.statements[roster.cell_id].body
+        assert isinstance(genesis, Genesis)
+        self.standing = standing = await Standing.open(
+            self._world,
+            self._database,
+            member=own.id.raw,
+            boot=self._peers.boot,
+            incarnation=Incarnation(FIRST_INCARNATION, roster.cell_id),
+            founds=own.joined == genesis.issued,
+        )
+        if standing.unfit is not None:
+            self.stopped = _unfit(standing.unfit)
+            return
+        try:
+            self._life = await self._begin(standing)
+        except KnodeError as error:
+            if error.code in (Code.DISK_FULL, Code.DISK_READ_ONLY, Code.HOME_TOO_NEW):
+                raise
+            await self._stop(standing, error)
+        if self.stopped is not None and len(roster.members) == 1:
+            raise self.stopped
+
+    async def _begin(self, standing: Standing) -> _Life:
+        world, run, disk = self._world, self._world.blocking.run, self._world.disk
+        log_folder, files = self._folder / "log", self._folder / "snapshots"
+        if standing.begun and not await run(partial(disk.list_folder, log_folder)):
+            raise KnodeError(Code.HOME_DAMAGED, f"the cell's log in {log_folder} is gone")
+        await run(partial(disk.make_folder, files))
+        journal, recovered = await run(partial(Journal.open, disk, log_folder))
+        try:
+            installation = Installation(world, files, self._state_machine, journal)
+            recovered = await installation.settle(recovered)
+            if standing.founds and not standing.begun and recovered == Recovered():
+                recovered = founded(Configuration(voters=(standing.replica_id,)))
+                write = partial(journal.append, recovered.hard_state, recovered.entries, sync=True)
+                await run(write)
+            applied = self._state_machine.applied
+            if not recovered.snapshot.index <= applied <= recovered.snapshot.index + len(recovered.entries):
+                why = f"the ledger, at {applied}, and the log do not belong together"
+                raise KnodeError(Code.HOME_DAMAGED, why)
+            await standing.begin()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await run(journal.close)
+            raise
+        backlog = Backlog(recovered.snapshot.index)
+        backlog.extend(entry for entry in recovered.entries if entry.index <= applied)
+        raft = Raft(
+            standing.replica_id,
+            recovered,
+            applied=applied,
+            choose=lambda count: min(count - 1, int(world.randomness.uniform(0, count))),
+            settings=self._settings,
+        )
+        driver = Driver(
+            world,
+            raft,
+            journal,
+            self._state_machine,
+            backlog,
+            installation,
+            self._log,
+            send=self._send,
+        )
+        driver.on_applied.append(self._tell_applied)
+        driver.on_leader.append(self._tell_leader)
+        transfers = Transfers(world, files, driver, self._log, peer_of=self._peer_of, envelope=self._envelope)
+        return _Life(standing, driver, transfers)
+
+    async def _stop(self, standing: Standing, error: KnodeError) -> None:
+        """Take part no more: for good when the disk has lost what this replica promised."""
+        self.stopped = error
+        self._life = None
+        self._log.error("this node takes no part in the consensus of its cell", why=str(error))
+        if error.code is not Code.HOME_DAMAGED or standing.unfit is not None:
+            return
+        self.stopped = _unfit(error.message)
+        try:
+            await standing.mark_unfit(error.message)
+        except KnodeError as failure:
+            self._log.error("that cannot be written down", why=str(failure))
+
+    def _working(self) -> _Life:
+        if self._life is None:
+            if self.stopped is not None:
+                raise KnodeError(Code.UNAVAILABLE, self.stopped.message, self.stopped.next_step)
+            _ = self._membership.roster  # says that there is no cell
+            raise KnodeError(Code.UNAVAILABLE, "this node is starting or stopping", "try again")
+        return self._life
+
+    def _tell_applied(self, entries: Sequence[Entry], outcomes: Sequence[Any]) -> None:
+        for tell in self.on_applied:
+            tell(entries, outcomes)
+
+    def _tell_leader(self) -> None:
+        life = self._life
+        assert life is not None
+        if life.driver.is_leader:
+            self._log.info("this node leads the cell", term=self.term)
+        else:
+            life.transfers.stop_sending()
+            self._log.info("this node leads the cell no more", term=self.term)
+        for tell in self.on_leader:
+            tell()
+
+    # What goes out.
+
+    def _envelope(self, message: Message) -> Envelope:
+        standing = self._working().standing
+        return Envelope(standing.incarnation.hash, standing.start, standing.boot, message)
+
+    def _peer_of(self, replica: ReplicaId) -> Peer | None:
+        member = self._membership.roster.holders.get(member_of(replica))
+        return self._peers.peer(member.key) if member is not None else None
+
+    def _send(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if isinstance(message, InstallSnapshot):
+                self._working().transfers.send(message)
+                continue
+            peer = self._peer_of(message.target)
+            body = encode(self._envelope(message))
+            if peer is None or not peer.offer_event(TOPIC, body, Context()):
+                self.dropped["not sent"] += 1
+
+    # What comes in.
+
+    def _take(self, key: PublicKey, body: bytes) -> None:
+        """Take a message of a peer; what no honest member sends ends the session."""
+        envelope = envelopes.decode(body)
+        if isinstance(envelope.message, InstallSnapshot):
+            raise KnodeError(Code.BAD_FRAME, "a state comes with its bytes")
+        self._check_owner(key, envelope)
+        life = self._life
+        if life is None or not self._is_for(life, envelope):
+            return
+        message = envelope.message
+        match life.standing.admits(message.source, envelope.start, envelope.boot):
+            case True:
+                life.driver.receive(message, len(body))
+            case None:
+                self._queue(envelope)
+            case False:
+                self._refuse(life.standing, key, message.source)
+
+    def _check_owner(self, key: PublicKey, envelope: Envelope) -> None:
+        member = self._membership.roster.holders.get(key.raw)
+        if member is None or member.id.raw != member_of(envelope.message.source):
+            raise KnodeError(Code.NOT_ALLOWED, "a member speaks for another one's replica")
+
+    def _is_for(self, life: _Life, envelope: Envelope) -> bool:
+        """Tell whether it is of this incarnation, and for this replica."""
+        if envelope.incarnation != life.standing.incarnation.hash:
+            self.dropped["another incarnation"] += 1
+            return False
+        if envelope.message.target != life.standing.replica_id:
+            self.dropped["another replica"] += 1
+            return False
+        return True
+
+    async def _record(self) -> None:
+        """Record what others have shown, or say to have been shown, in order."""
+        while True:
+            while self._unrecorded:
+                try:
+                    await self._take_recorded(self._unrecorded.popleft())
+                except KnodeError as error:
+                    self.dropped["not recorded"] += 1
+                    self._log.warning("a replica's start cannot be recorded", why=str(error))
+            self._record_work = trio.Event()
+            await self._record_work.wait()
+
+    async def _take_recorded(self, item: Envelope | Refused) -> None:
+        """Let a message in once what its sender has shown is durable; end when this home is an old copy."""
+        life = self._working()
+        match item:
+            case Envelope(message=message):
+                if await life.standing.note(message.source, item.start, item.boot):
+                    life.driver.receive(message, len(encode(message)))
+            case Refused(start=start, boot=boot):
+                if await life.standing.told(start, boot):
+                    life.driver.fail(_unfit(life.standing.unfit or ""))
+
+    def _queue(self, item: Envelope | Refused) -> None:
+        if len(self._unrecorded) < NOTES:
+            self._unrecorded.append(item)
+            self._record_work.set()
+        else:
+            self.dropped["not recorded"] += 1
+
+    def _refuse(self, standing: Standing, key: PublicKey, source: ReplicaId) -> None:
+        """Drop it, and tell its sender, once a second, what it is refused for."""
+        self.dropped["refused"] += 1
+        shown, now = standing.shown(source), self._world.clock.monotonic()
+        if shown is None or now < self._told_refusal.get(key.raw, now):
+            return
+        self._told_refusal[key.raw] = now + 1.0
+        self._member_log.warning("an old copy of a replica is refused", peer=key.node_id)
+        self._peers.peer(key).offer_event(REFUSED_TOPIC, encode(Refused(source, *shown)), Context())
+
+    def _take_refusal(self, key: PublicKey, body: bytes) -> None:
+        refused = refusals.decode(body)
+        if self._life is not None and refused.replica == self._life.standing.replica_id:
+            self._queue(refused)
+
+    def _lose(self, peer: Peer) -> None:
+        """Tell the core that the last link to a member has ended."""
+        life = self._life
+        if life is None:
+            return
+        for replica in everyone(life.driver.raft.configuration):
+            if replica != life.standing.replica_id and self._peer_of(replica) is peer:
+                life.driver.lost(replica)
+
+    # What peers ask.
+
+    async def _answer_read(self, call: Call, asked: Asked) -> Readable:
+        life = self._asked(asked)
+        return Readable(await life.driver.read().value())
+
+    async def _answer_leader(self, call: Call, asked: Asked) -> Leading:
+        self._asked(asked)
+        leader = self.leader()
+        return Leading(leader.id.raw if leader is not None else b"")
+
+    async def _answer_snapshot(self, call: Call, offer: Offer) -> None:
+        envelope, life = offer.envelope, self._working()
+        message = envelope.message
+        if call.stream is None or not isinstance(message, InstallSnapshot):
+            raise KnodeError(Code.INVALID_ARGUMENT, "a state comes on a stream, with its snapshot")
+        self._check_owner(call.caller, envelope)
+        if not self._is_for(life, envelope):
+            raise not_taken()
+        if not await life.standing.note(message.source, envelope.start, envelope.boot):
+            raise not_taken()
+        await life.transfers.receive(offer, message, aiter(call.stream))
+
+    def _asked(self, asked: Asked) -> _Life:
+        life = self._working()
+        if asked.incarnation != life.standing.incarnation.hash:
+            raise not_taken()
+        return life
+
+    # Whom it asks.
+
+    async def _readable(self, deadline: Monotonic) -> Index | None:
+        """Return which index must be applied, or None after a while when nobody can say."""
+        life = self._working()
+        leader = self.leader()
+        try:
+            if leader is None:
+                raise not_leader()
+            if leader.key == self._membership.key.public:
+                return await life.driver.read().value()
+            asked = Asked(life.standing.incarnation.hash)
+            until = Monotonic(min(deadline, self._world.clock.monotonic() + ANSWER_S))
+            answer = await self._peers.peer(leader.key).request("consensus.read", asked, deadline=until)
+            return readables.decode(answer).index
+        except KnodeError as error:
+            if error.code not in (Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT, Code.RATE_LIMITED):
+                raise
+        await self._until_leader_changes()
+        return None
+
+    async def _until_leader_changes(self) -> None:
+        with trio.move_on_after(ASK_AGAIN_S):
+            if self._life is None:
+                await trio.sleep_forever()
+            else:
+                await self._life.driver.changed.wait()
+
+    async def _ask_for_leader(self) -> Member | None:
+        """Ask the members that are here who leads, one after the other."""
+        roster, standing = self._membership.roster, self.standing
+        for peer in self._peers.members():
+            if standing is None or peer.state is not PeerState.ALIVE:
+                continue
+            until = Monotonic(self._world.clock.monotonic() + ANSWER_S)
+            try:
+                answer = await peer.request(
+                    "consensus.leader", Asked(standing.incarnation.hash), deadline=until
+                )
+                member = roster.holders.get(leadings.decode(answer).leader)
+            except KnodeError as error:
+                self._log.debug("a member does not say who leads", peer=peer.node_id, why=str(error))
+                continue
+            if member is not None:
+                return member
+        return None
+
+
+def not_taken() -> KnodeError:
+    """Return the error of whoever speaks for, or to, a replica that is not in force."""
+    return KnodeError(Code.NOT_ALLOWED, "another replica or incarnation is in force here")
+
+
+def _no_leader() -> KnodeError:
+    why = "no leader is known: more than half of the voters must be here"
+    return KnodeError(Code.UNAVAILABLE, why, "'knode status' shows who is")
+
+
+def _unfit(why: str) -> KnodeError:
+    return KnodeError(
+        Code.HOME_DAMAGED,
+        f"this node's copy of the ledger cannot be trusted any more ({why})",
+        "see 'knode status' on another member",
+    )
