@@ -47,7 +47,6 @@ from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
 from knode.klp.codec import encode
 from knode.klp.messages import Context
-from knode.mesh.incarnations import Incarnation
 from knode.mesh.liveness import PeerState
 from knode.mesh.member_log import MemberLog
 from knode.mesh.membership import Membership
@@ -55,7 +54,6 @@ from knode.mesh.methods import Call, Methods
 from knode.mesh.peer import Peer
 from knode.mesh.peers import Peers
 from knode.mesh.roster import Member
-from knode.mesh.statements import Genesis
 from knode.storage import Database
 from knode.world import Log, Monotonic, World
 
@@ -64,7 +62,6 @@ NOTES = 256
 HAND_OVER_S = 1.0
 ASK_AGAIN_S = 0.2
 ANSWER_S = 5.0
-FIRST_INCARNATION = 0
 
 OnApplied = Callable[[Sequence[Entry], Sequence[Any]], None]
 
@@ -295,15 +292,13 @@ class Replica:
 
     async def _open(self) -> None:
         roster, own = self._membership.roster, self._membership.own
-        genesis = roster.statements[roster.cell_id].body
-        assert isinstance(genesis, Genesis)
         self.standing = standing = await Standing.open(
             self._world,
             self._database,
             member=own.id.raw,
             boot=self._peers.boot,
-            incarnation=Incarnation(FIRST_INCARNATION, roster.cell_id),
-            founds=own.joined == genesis.issued,
+            incarnation=roster.incarnations.present,
+            founds=roster.is_founder(own),
         )
         if standing.unfit is not None:
             self.stopped = _unfit(standing.unfit)

@@ -18,6 +18,7 @@ from knode.consensus.driver import Driver
 from knode.consensus.envelope import TOPIC, Envelope, Offer
 from knode.consensus.messages import Configuration, Entry, Index, Kind, Message
 from knode.consensus.replica import Replica
+from knode.errors import KnodeError
 from knode.klp.codec import Decoder, encode
 from knode.klp.messages import Context
 from knode.node.database import MIGRATIONS
@@ -109,7 +110,11 @@ class ReplicaNode(MeshNode):
             Path("/state/raft"),
             self.log,
         )
-        await self.replica.open()
+        try:
+            await self.replica.open()
+        except KnodeError:
+            await self.database.aclose()
+            raise
 
     async def work(self, nursery: trio.Nursery) -> None:
         await nursery.start(self.replica.run)

@@ -160,6 +160,7 @@ async def test_a_lagging_follower_gets_the_whole_state_when_the_log_is_gone(
     assert follower.commands == [f"{number}" for number in range(60)]
     assert follower.replica.raft is not None
     assert follower.replica.raft.first_index > 30
+    await trio.sleep(1)
     assert follower.disk.list_folder(FILES) == leader.disk.list_folder(FILES) == []
     await leader.propose("after")
     await replicas.kill(follower)
@@ -277,6 +278,7 @@ async def test_a_rotated_key_still_speaks_for_its_replica(
     follower = next(node for node in nodes if node is not leader)
     new = key_of("rotated")
     await follower.membership.rotate(new)
+    await until(lambda: all(new.public.raw in node.membership.roster.members for node in nodes))
     await replicas.kill(follower)
     follower.key = new
     await leader.propose("meanwhile")
@@ -405,6 +407,7 @@ async def test_a_log_that_is_gone_or_damaged_makes_the_replica_unfit_and_the_nod
     assert follower.replica.standing.unfit is not None
     await leader.propose("two")
     assert follower.log.events("error") == ["this node takes no part in the consensus of its cell"]
+    await replicas.connected()
     assert await follower.ask(leader, "test.echo", "still here") == "still here"
 
 
@@ -424,19 +427,16 @@ async def test_a_commit_takes_few_turns_of_the_loop(autojump_clock: MockClock, r
     await replicas.grow(3)
     leader = await replicas.leader()
     await leader.propose("warm")
+    await trio.sleep(0.05)
     turns = 0
 
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            await trio.lowlevel.checkpoint()
+    class Count(trio.abc.Instrument):
+        def before_io_wait(self, timeout: float) -> None:
+            nonlocal turns
             turns += 1
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(count)
-        await trio.lowlevel.checkpoint()
-        turns = 0
-        await leader.propose("one")
-        nursery.cancel_scope.cancel()
-    print("turns", turns)
-    assert turns < 40
+    counter = Count()
+    trio.lowlevel.add_instrument(counter)
+    await leader.propose("one")
+    trio.lowlevel.remove_instrument(counter)
+    assert turns <= 40, "some twenty, of all three nodes, and what else they happen to do"
