@@ -25,6 +25,8 @@ MAX_INPUT_FILE_BYTES = 64 * 1024 * 1024
 MAX_STDERR_CHARACTERS = 2000
 INLINE_BYTES = 4 * 1024
 """A built-in agent does up to this much in place: a thread would cost more than the work."""
+TRY_AGAIN = 75
+"""The exit code of an agent that may do better another time: EX_TEMPFAIL of sysexits(3)."""
 _PROGRAM_NAME = ".program.py"
 
 
@@ -62,6 +64,10 @@ class AgentResult:
     output: bytes
 
 
+class TryAgain(KnodeError):
+    """The agent failed (AGENT_FAILED) and says that another attempt may do better: it exited with 75."""
+
+
 class Runner:
     """Runs attempts of this node's agents.
 
@@ -82,13 +88,22 @@ class Runner:
         """The sandbox in force."""
         return self._sandbox
 
+    def check(self, agent_id: str) -> None:
+        """Check that an attempt of `agent_id` would be begun now.
+
+        Raises:
+            KnodeError: NO_AGENT, MANIFEST_INVALID, NO_SANDBOX.
+        """
+        if self._registry.find(agent_id).runtime is not Runtime.BUILTIN:
+            self._sandbox_for(agent_id)
+
     def can_run(self, agent_id: str) -> bool:
         """Tell whether an attempt of `agent_id` would be begun now."""
         try:
-            entry = self._registry.find(agent_id)
+            self.check(agent_id)
         except KnodeError:
             return False
-        return entry.runtime is Runtime.BUILTIN or self._sandbox is not None
+        return True
 
     def is_builtin(self, agent_id: str) -> bool:
         """Tell whether an agent runs in this process, so that an attempt without files needs no folder."""
@@ -117,14 +132,18 @@ class Runner:
             raise self._timed_out(agent_id)
         if entry.runtime is Runtime.BUILTIN:
             return await self._run_builtin(entry, attempt)
+        sandbox = self._sandbox_for(agent_id)
+        await self._world.blocking.run(lambda: self._registry.verify(entry))
+        return await self._run_sandboxed(sandbox, entry, attempt, progress)
+
+    def _sandbox_for(self, agent_id: str) -> Sandbox:
         if self._sandbox is None:
             raise KnodeError(
                 Code.NO_SANDBOX,
                 f"{agent_id} needs a sandbox, and none holds on this machine",
                 "install bubblewrap and restart the node; 'knode status' says why none holds",
             )
-        await self._world.blocking.run(lambda: self._registry.verify(entry))
-        return await self._run_sandboxed(self._sandbox, entry, attempt, progress)
+        return self._sandbox
 
     async def _run_builtin(self, entry: AgentEntry, attempt: Attempt) -> AgentResult:
         limit = min(entry.manifest.limits.output_bytes, MAX_RESULT_BYTES)
@@ -180,7 +199,8 @@ class Runner:
                 f"{agent_id} {_describe_limit(outcome.ended, limits)}{_last_words(outcome)}",
             )
         if outcome.exit_code != 0:
-            raise KnodeError(
+            failure = TryAgain if outcome.exit_code == TRY_AGAIN else KnodeError
+            raise failure(
                 Code.AGENT_FAILED, f"{agent_id} {_describe_exit(outcome.exit_code)}{_last_words(outcome)}"
             )
         return AgentResult(outcome.stdout)
