@@ -115,6 +115,7 @@ class Leadership:
         progress = self._followers.get(replica)
         if progress is not None and progress.feeding is Feeding.REPLICATE:
             progress.probe(progress.match + 1)
+        self.snapshot_failed(replica)
 
     def snapshot_failed(self, replica: ReplicaId) -> None:
         """The snapshot did not reach it; look again where it stands when it is heard next."""
@@ -273,7 +274,10 @@ class Leadership:
         if progress.feeding is Feeding.REPLICATE:
             if message.index > progress.match:
                 progress.probe(progress.match + 1)
-        elif progress.feeding is Feeding.PROBE and message.index == progress.next - 1:
+        elif progress.feeding is Feeding.SNAPSHOT:
+            if message.hint_index >= progress.snapshot:  # it came, its answer did not, and it is old by now
+                progress.probe(progress.match + 1)
+        elif message.index == progress.next - 1:
             hint, _ = self._log.last_agreeing(min(message.hint_index, message.index), message.hint_term)
             progress.probe(max(min(hint + 1, message.index), progress.match + 1))
 
@@ -333,6 +337,8 @@ class Leadership:
             previous = progress.next - 1 if progress.feeding is Feeding.REPLICATE else base
             if previous >= base:
                 self._send_append(to, progress, previous, ())
+            else:
+                progress.probe(progress.match + 1)  # compacted meanwhile: if it was lost, a snapshot must do
         progress.stalled_at = progress.match
 
     def _send_heartbeats(self) -> None:
