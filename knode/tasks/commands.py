@@ -53,8 +53,8 @@ class File(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
 
 
 class Considered(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """A member that was considered when the task was assigned: its score (thousandths, lower is better)
-    or why it could not be."""
+    """A member that was considered when the task was assigned: its score by `knode.tasks.routing`, lower is
+    better, or why it could not be."""
 
     member: MemberId
     score: Annotated[int, Meta(ge=0, le=2**31)] | None

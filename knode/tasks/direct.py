@@ -114,12 +114,12 @@ class DirectTasks:
         """
         _check(submission)
         artifacts = await open_artifacts(self._world, submission.artifacts)
-        member = self._choose(submission)
+        number = self._world.randomness.token(16)
+        member = self._choose(submission, number)
         if len(self._scopes) >= RUNNING_TASKS:
             raise KnodeError(
                 Code.RATE_LIMITED, f"{RUNNING_TASKS} direct tasks run already", "wait for some to end"
             )
-        number = self._world.randomness.token(16)
         task = Task(number.hex(), submission.agent, member.node_id, member.name, self._world.clock.wall())
         trace = self._world.randomness.token(24) + b"\x01"
         assignment = _Assignment(
@@ -176,14 +176,14 @@ class DirectTasks:
 
     # Choosing a node.
 
-    def _choose(self, submission: Submission) -> Member:
+    def _choose(self, submission: Submission, number: bytes) -> Member:
         roster = self._membership.roster
         if submission.on is not None:
             member = roster.find(submission.on)
             demand(self._candidate(member), submission.agent)
             return member
         candidates = map(self._candidate, roster.members.values())
-        return roster.find(choose(candidates, submission.agent).node_id)
+        return roster.find(choose(candidates, submission.agent, number).node_id)
 
     def _candidate(self, member: Member) -> Candidate:
         if member.key == self._membership.key.public:
@@ -203,6 +203,7 @@ class DirectTasks:
             queued=load.queued,
             capacity=load.capacity,
             rtt_s=rtt_s,
+            cpu_percent=load.cpu_percent,
         )
 
     # Carrying a task out.
