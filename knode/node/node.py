@@ -35,6 +35,7 @@ from knode.mesh.ways import fitting
 from knode.node.database import open_database
 from knode.node.keys import install_next_key, make_next_key
 from knode.storage import Database
+from knode.tasks.candidates import Candidates
 from knode.tasks.direct import DirectTasks
 from knode.tasks.folders import Folders
 from knode.tasks.offers import Offers
@@ -114,9 +115,8 @@ class Node:
         self.worker = Worker(
             world, self.runner, self.places, self.folders, self.membership, self.peers, self.methods, log
         )
-        self.tasks = DirectTasks(
-            world, self.membership, self.peers, self.offers, self.places, self.worker, log
-        )
+        self.candidates = Candidates(self.membership, self.peers, self.offers, self._load)
+        self.tasks = DirectTasks(world, self.membership, self.peers, self.candidates, self.worker, log)
         self._database = database
         self._listeners: list[Listener] = []
         self._going_down = trio.Event()

@@ -12,18 +12,16 @@ import trio
 
 from knode.errors import Code, KnodeError
 from knode.klp.codec import Decoder
-from knode.klp.keepalive import Load
 from knode.klp.messages import Context
-from knode.mesh.liveness import PeerState
 from knode.mesh.member_log import MemberLog
 from knode.mesh.membership import Membership
 from knode.mesh.peers import Peers
 from knode.mesh.roster import Member
 from knode.tasks.artifacts import Artifact, open_artifacts, read_artifact
+from knode.tasks.candidates import Candidates
 from knode.tasks.messages import NO_FRACTION, Ran, Report, Run, Stage
-from knode.tasks.offers import Offers
-from knode.tasks.places import Places, expired
-from knode.tasks.routing import Candidate, choose, demand
+from knode.tasks.places import expired
+from knode.tasks.routing import choose, demand
 from knode.tasks.task import Task
 from knode.tasks.values import MAX_INPUT_BYTES
 from knode.tasks.worker import Worker
@@ -39,9 +37,6 @@ ANSWER_GRACE_S = 2.0
 
 _ran: Decoder[Ran] = Decoder(Ran)
 _report: Decoder[Report] = Decoder(Report)
-_NO_LOAD = Load(0, 0, 1, 0)
-_FAR_S = 1.0
-"""The round trip that is taken for a peer's until it was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +74,14 @@ class DirectTasks:
         world: World,
         membership: Membership,
         peers: Peers,
-        offers: Offers,
-        places: Places,
+        candidates: Candidates,
         worker: Worker,
         log: Log,
     ) -> None:
         self._world = world
         self._membership = membership
         self._peers = peers
-        self._offers = offers
-        self._places = places
+        self._candidates = candidates
         self._worker = worker
         self._log = log
         self._member_log = MemberLog(world.clock, log)
@@ -180,31 +173,10 @@ class DirectTasks:
         roster = self._membership.roster
         if submission.on is not None:
             member = roster.find(submission.on)
-            demand(self._candidate(member), submission.agent)
+            demand(self._candidates.of(member), submission.agent)
             return member
-        candidates = map(self._candidate, roster.members.values())
+        candidates = self._candidates.everyone().values()
         return roster.find(choose(candidates, submission.agent, number).node_id)
-
-    def _candidate(self, member: Member) -> Candidate:
-        if member.key == self._membership.key.public:
-            state, load, rtt_s = PeerState.ALIVE, self._places.load, 0.0
-        else:
-            peer = self._peers.peer(member.key)
-            measured = None if peer.conversation is None else peer.conversation.rtt_s
-            state, load = peer.state, peer.load or _NO_LOAD
-            rtt_s = _FAR_S if measured is None else measured
-        return Candidate(
-            node_id=member.node_id,
-            name=member.name,
-            role=member.role,
-            state=state,
-            agents=self._offers.of(member.key),
-            running=load.running,
-            queued=load.queued,
-            capacity=load.capacity,
-            rtt_s=rtt_s,
-            cpu_percent=load.cpu_percent,
-        )
 
     # Carrying a task out.
 
