@@ -6,10 +6,11 @@ from knode.consensus import standing
 from knode.home.layout import Home
 from knode.mesh import membership
 from knode.storage import Database
+from knode.tasks import outbox
 from knode.world import World
 
 # In the order in which they came to be; what is new goes to the end, whichever room it is of.
-MIGRATIONS = (*membership.MIGRATIONS, *standing.MIGRATIONS)
+MIGRATIONS = (*membership.MIGRATIONS, *standing.MIGRATIONS, *outbox.MIGRATIONS)
 
 
 async def open_database(world: World, home: Home) -> Database:

@@ -1,0 +1,259 @@
+"""What a member was asked to submit while no quorum could commit it: durable here until its fate is known.
+
+A submit that is kept here may already stand in the cell's log: nobody here can know. So it is never changed
+and never given up early; it is submitted again with the same id, key and `not_after` until the cell commits
+or refuses it, or until `not_after` has passed, after which no leader takes it any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import apsw
+import trio
+
+from knode.errors import Code, KnodeError
+from knode.klp.codec import Decoder, encode
+from knode.storage import Database
+from knode.tasks.commands import task_digest
+from knode.tasks.messages import SubmitTask
+from knode.world import Log, World
+
+MAX_PENDING = 1000
+MAX_PENDING_BYTES = 32 * 1024 * 1024
+MAX_ENDED = 100
+"""Submits that were refused or came too late are shown for a day after their `not_after`; so many at most."""
+ENDED_SHOWN_MS = 24 * 3_600_000
+AT_ONCE = 16
+MAX_MESSAGE = 1024
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 3.0
+
+MIGRATIONS = (
+    """
+CREATE TABLE outbox (
+    turn INTEGER PRIMARY KEY,
+    id BLOB NOT NULL UNIQUE,
+    request BLOB NOT NULL,
+    submitted INTEGER NOT NULL, -- wall time, milliseconds
+    is_cancelled INTEGER NOT NULL, -- whether it is to be cancelled once it is committed
+    code TEXT NOT NULL, -- why it ended here; empty: it is pending
+    message TEXT NOT NULL
+);
+""",
+)
+
+Submit = Callable[[SubmitTask, bool], Awaitable[None]]
+"""Submits once more, and then cancels when told so; returns when the cell knows the task.
+
+A KnodeError that is retryable, and UNKNOWN, leave it pending; any other is the cell's refusal.
+NO_ELIGIBLE_NODE does not end what was accepted: the node that can may come back."""
+
+_request: Decoder[SubmitTask] = Decoder(SubmitTask)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A submit that is kept, without its input."""
+
+    id: bytes
+    agent: str
+    key: str
+    on: bytes
+    digest: bytes
+    """Of what was asked for: the same key must come with the same."""
+    not_after: int
+    submitted: int
+    size_bytes: int
+    """Encoded."""
+    is_cancelled: bool = False
+    code: str = ""
+    message: str = ""
+
+    is_pending: bool = True
+    """Whether its fate is not known yet; then `code` says what it met last."""
+
+
+class Outbox:
+    """The submits of this node whose fate is not known, and the last that ended without a task."""
+
+    def __init__(self, world: World, database: Database, log: Log) -> None:
+        self.changed: list[Callable[[bytes], None]] = []
+        """Called with the id of whatever came, ended or went; must not raise."""
+        self._world = world
+        self._database = database
+        self._log = log
+        self._rows: dict[bytes, Waiting] = {}
+        self._woken = trio.Event()
+
+    async def load(self) -> None:
+        """Read what earlier runs of the node left."""
+
+        def read(connection: apsw.Connection) -> list[Waiting]:
+            query = "SELECT request, submitted, is_cancelled, code, message FROM outbox ORDER BY turn"
+            return [
+                replace(
+                    _waiting(_request.decode(request), submitted),
+                    is_cancelled=bool(is_cancelled),
+                    is_pending=not code,
+                    code=code,
+                    message=message,
+                )
+                for request, submitted, is_cancelled, code, message in connection.execute(query)
+            ]
+
+        self._rows = {row.id: row for row in await self._database.read(read)}
+
+    def rows(self) -> list[Waiting]:
+        """Return what is kept, newest first."""
+        return list(reversed(self._rows.values()))
+
+    def get(self, task: bytes) -> Waiting | None:
+        """Return the submit with this id."""
+        return self._rows.get(task)
+
+    def with_key(self, key: str) -> Waiting | None:
+        """Return the pending submit with this key."""
+        return next((row for row in self._rows.values() if row.key == key and row.is_pending), None)
+
+    async def keep(self, request: SubmitTask) -> Waiting:
+        """Keep a submit durably, and go on trying.
+
+        Raises:
+            KnodeError: RATE_LIMITED when it is full, DISK_FULL, DISK_READ_ONLY; then it is not kept.
+        """
+        pending = [row for row in self._rows.values() if row.is_pending]
+        row = _waiting(request, self._world.clock.wall())
+        if (
+            len(pending) >= MAX_PENDING
+            or sum(each.size_bytes for each in pending) + row.size_bytes > MAX_PENDING_BYTES
+        ):
+            raise KnodeError(
+                Code.RATE_LIMITED,
+                f"{len(pending)} tasks wait on this node for the cell's voters already",
+                "'knode status' says which voters are missing",
+            )
+        data = encode(request)
+        await self._database.write(
+            lambda connection: connection.execute(
+                "INSERT INTO outbox (id, request, submitted, is_cancelled, code, message) "
+                "VALUES (?, ?, ?, 0, '', '')",
+                (row.id, data, row.submitted),
+            )
+        )
+        self._rows[row.id] = row
+        self._tell(row.id)
+        return row
+
+    async def cancel(self, task: bytes) -> None:
+        """Have a pending submit cancelled as soon as it is committed."""
+        await self._database.write(
+            lambda connection: connection.execute("UPDATE outbox SET is_cancelled = 1 WHERE id = ?", (task,))
+        )
+        if task in self._rows:
+            self._rows[task] = replace(self._rows[task], is_cancelled=True)
+            self._tell(task)
+
+    def wake(self) -> None:
+        """Try again now: there is a leader."""
+        self._woken.set()
+
+    async def run(self, submit: Submit) -> None:
+        """Submit what is pending again and again, until cancelled."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            woken = self._woken = trio.Event()
+            await self._forget_old()
+            pending = [row for row in self._rows.values() if row.is_pending]
+            for start in range(0, len(pending), AT_ONCE):
+                async with trio.open_nursery() as nursery:
+                    for row in pending[start : start + AT_ONCE]:
+                        nursery.start_soon(self._try, row, submit)
+            if not any(row.is_pending for row in self._rows.values()):
+                pause_s = FIRST_PAUSE_S
+                await woken.wait()
+                continue
+            with trio.move_on_after(pause_s * self._world.randomness.uniform(0.75, 1.25)):
+                await woken.wait()
+            pause_s = FIRST_PAUSE_S if woken.is_set() else min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _try(self, row: Waiting, submit: Submit) -> None:
+        try:
+            if self._world.clock.wall() > row.not_after:
+                why = "no quorum of voters was there until its key expired"
+                await self._end(row, Code.EXPIRED, f"{why}; it may still have been done just before")
+                return
+            request = await self._read(row.id)
+            try:
+                await submit(request, self._rows[row.id].is_cancelled)
+            except KnodeError as error:
+                if not error.retryable and error.code is not Code.UNKNOWN:
+                    await self._end(row, error.code, str(error))
+                else:
+                    self._rows[row.id] = replace(
+                        self._rows[row.id], code=error.code.value, message=str(error)[:MAX_MESSAGE]
+                    )
+                return
+            await self._remove([row.id])
+        except KnodeError as error:  # of the disk: it is as it was
+            self._log.warning("the outbox cannot be written", task=row.id.hex(), why=str(error))
+
+    async def _read(self, task: bytes) -> SubmitTask:
+        def read(connection: apsw.Connection) -> Any:
+            return connection.execute("SELECT request FROM outbox WHERE id = ?", (task,)).fetchall()
+
+        [[request]] = await self._database.read(read)
+        return _request.decode(request)
+
+    async def _end(self, row: Waiting, code: Code, message: str) -> None:
+        message = message[:MAX_MESSAGE]
+        await self._database.write(
+            lambda connection: connection.execute(
+                "UPDATE outbox SET code = ?, message = ? WHERE id = ?", (code.value, message, row.id)
+            )
+        )
+        self._rows[row.id] = replace(self._rows[row.id], is_pending=False, code=code.value, message=message)
+        self._log.warning("a pending task was not taken", task=row.id.hex(), code=code, why=message)
+        self._tell(row.id)
+
+    async def _forget_old(self) -> None:
+        """Forget what has ended and whose time is over, or of which there is too much."""
+        now = self._world.clock.wall()
+        ended = [row for row in self._rows.values() if not row.is_pending]
+        surplus = ended[: max(0, len(ended) - MAX_ENDED)]
+        old = [row for row in ended if now > row.not_after + ENDED_SHOWN_MS]
+        try:
+            await self._remove([row.id for row in {row.id: row for row in [*surplus, *old]}.values()])
+        except KnodeError as error:
+            self._log.warning("the outbox cannot be written", why=str(error))
+
+    async def _remove(self, tasks: list[bytes]) -> None:
+        if not tasks:
+            return
+        rows = [(task,) for task in tasks]
+        await self._database.write(
+            lambda connection: connection.executemany("DELETE FROM outbox WHERE id = ?", rows)
+        )
+        for task in tasks:
+            del self._rows[task]
+            self._tell(task)
+
+    def _tell(self, task: bytes) -> None:
+        self._woken.set()
+        for tell in self.changed:
+            tell(task)
+
+
+def _waiting(request: SubmitTask, submitted: int) -> Waiting:
+    return Waiting(
+        id=request.id,
+        agent=request.task.agent,
+        key=request.key,
+        on=request.task.on,
+        digest=task_digest(request.task),
+        not_after=request.not_after,
+        submitted=submitted,
+        size_bytes=len(encode(request)),
+    )
