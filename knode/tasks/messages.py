@@ -26,7 +26,9 @@ from knode.tasks.values import MAX_FILES, MAX_INPUT_BYTES, AgentId, FileName, Si
 NO_FRACTION = 1001
 MAX_HOLDERS = 8
 MAX_VIEWS = 256
-"""Tasks of one page, and tasks that one request waits for."""
+"""Tasks of one page."""
+MAX_WAITED = 1024
+"""Tasks that one request waits for."""
 MAX_EFFECTS = 256
 """Operations of one page."""
 
@@ -106,15 +108,16 @@ class ShowTask(msgspec.Struct, frozen=True, array_like=True):
 class ListTasks(msgspec.Struct, frozen=True, array_like=True):
     """The tasks of the cell, newest first. Answered by `Views`."""
 
-    before: TaskId | None = None
-    """The last one of the page before."""
+    before: Count | None = None
+    """`number` of the last one of the page before."""
 
 
 class Seen(msgspec.Struct, frozen=True, array_like=True):
     """A task as the asker knows it."""
 
     task: TaskId
-    state: State
+    state: State | None
+    """None: it knows nothing of it."""
     attempt: Count
     reports: Count
 
@@ -123,7 +126,7 @@ class WaitForTasks(msgspec.Struct, frozen=True, array_like=True):
     """Answered by the `Views` of those that are not as they were seen, once there is one; by none after 20
     seconds."""
 
-    seen: Annotated[tuple[Seen, ...], msgspec.Meta(max_length=MAX_VIEWS)]
+    seen: Annotated[tuple[Seen, ...], msgspec.Meta(max_length=MAX_WAITED)]
 
 
 class ListEffects(msgspec.Struct, frozen=True, array_like=True):
@@ -139,6 +142,8 @@ class TaskView(msgspec.Struct, frozen=True, array_like=True):
     """A task of the ledger, as the leader shows it."""
 
     id: TaskId
+    number: Count
+    """In the order of submission."""
     agent: AgentId
     state: State
     attempt: Count
@@ -149,10 +154,9 @@ class TaskView(msgspec.Struct, frozen=True, array_like=True):
     submitted: Milliseconds
     deadline: Milliseconds
     result: bytes | None
-    """None, too, when it does not fit into a page: `result_bytes` tells."""
-    result_bytes: Count
+    """None while there is none, where it does not fit into a page, and once the ledger keeps it no more."""
     code: CodeName
-    """Why it has not succeeded; empty while it may."""
+    """Why it has not succeeded, or why its latest attempt was over."""
     message: Reason
     reports: Count
     """How many reports its present attempt has made."""
@@ -166,6 +170,8 @@ class Views(msgspec.Struct, frozen=True, array_like=True):
     tasks: Annotated[tuple[TaskView, ...], msgspec.Meta(max_length=MAX_VIEWS)]
     more: bool
     """Whether there are others."""
+    missing: Annotated[tuple[TaskId, ...], msgspec.Meta(max_length=MAX_WAITED)] = ()
+    """Of those that were asked for, tasks that the ledger does not have."""
 
 
 class Explanation(msgspec.Struct, frozen=True, array_like=True):
@@ -194,7 +200,8 @@ class Effects(msgspec.Struct, frozen=True, array_like=True):
     """A page of operations."""
 
     effects: Annotated[tuple[Effect, ...], msgspec.Meta(max_length=MAX_EFFECTS)]
-    more: bool
+    next: Count | None
+    """`after` of the next page; None: there is none."""
 
 
 # Durable tasks: between the leader and the members that run attempts.
@@ -250,6 +257,13 @@ class Settled(msgspec.Struct, frozen=True, array_like=True):
 
     is_current: bool
     """False: the fence was stale, and nothing of it took effect."""
+
+
+class AskAttempt(msgspec.Struct, frozen=True, array_like=True):
+    """`task.current`, worker to leader, of an attempt that outlived its worker's process: does the ledger
+    still wait for it? Answered by a `Settled`."""
+
+    fence: Fence
 
 
 class AttemptReport(msgspec.Struct, frozen=True, array_like=True):

@@ -88,7 +88,7 @@ class Task:
             "attempt": 1,
             "node": self.node,
             "key": None,
-            "result": None if self.output is None else _readable(self.output),
+            "result": None if self.output is None else readable(self.output),
             "error": error,
             "direct": True,
             "submitted": self.submitted,
@@ -102,7 +102,7 @@ class Task:
         self.changed = trio.Event()
 
 
-def _readable(output: bytes) -> Any:
+def readable(output: bytes) -> Any:
     """Return an object or array for JSON output, text for text, base64 for the rest.
 
     JSON that goes deeper than MAX_DEPTH, or that cannot be written again, is text: an agent must not be

@@ -1,0 +1,406 @@
+"""Durable tasks on the node that asks: everything is asked of whoever leads, until there is an answer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import trio
+
+from knode.errors import Code, KnodeError
+from knode.mesh.membership import Membership
+from knode.tasks.commands import MAX_KEY, File, NewTask, task_digest
+from knode.tasks.leader import CANCEL, EFFECTS, EXPLAIN, LIST, SHOW, SUBMIT, WAIT, Leader
+from knode.tasks.messages import (
+    CancelTask,
+    Effect,
+    Explanation,
+    ListEffects,
+    ListTasks,
+    Seen,
+    Selector,
+    ShowTask,
+    SubmitTask,
+    TaskView,
+    WaitForTasks,
+)
+from knode.tasks.outbox import Outbox, Waiting
+from knode.tasks.store import LedgerStore
+from knode.tasks.values import MAX_INPUT_BYTES, AgentId
+from knode.tasks.views import view_of_record
+from knode.world import Log, Monotonic, World
+
+COMMIT_S = 5.0
+"""How long a submit waits for its commit, and everything else for its answer."""
+KEY_LIVES_S = 24 * 3600.0
+LONGEST_DEADLINE_S = 30 * 86_400.0
+ATTEMPTS = 3
+LISTED_TASKS = 1000
+LISTED_EFFECTS = 10_000
+FOLLOWED_AT_ONCE = 1024
+POLL_S = 25.0
+
+Hold = Callable[[bytes, Sequence[Path]], Awaitable[tuple[tuple[File, ...], tuple[bytes, ...]]]]
+"""Put a task's files where they outlive this node; return them, and who holds them all."""
+
+_NO_QUORUM = frozenset({Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for."""
+
+    agent: str
+    input: bytes = b""
+    artifacts: tuple[Path, ...] = ()
+    """Absolute paths on this machine."""
+    on: str | None = None
+    """Name, id or start of an id of the node that must run it; None: whoever is best."""
+    key: str | None = None
+    """The same key of this node is the same task; None: the task's id."""
+    deadline_s: float | None = None
+    """How long after its commit it may take; None: as long as its key lives, a day."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Tasks as they could be found."""
+
+    tasks: tuple[TaskView, ...]
+    is_confirmed: bool
+    """False: no leader answered; it is what this node knows, and may be old."""
+
+
+class Durable:
+    """The durable tasks of the cell, as this node asks for them."""
+
+    def __init__(
+        self,
+        world: World,
+        membership: Membership,
+        leader: Leader,
+        store: LedgerStore,
+        hold: Hold,
+        outbox: Outbox,
+        log: Log,
+    ) -> None:
+        self.outbox = outbox
+        self._world = world
+        self._membership = membership
+        self._leader = leader
+        self._store = store
+        self._hold = hold
+        self._log = log
+        self._followed: dict[bytes, _Followed] = {}
+        self._following = trio.Event()
+        self._poll = trio.CancelScope()
+        outbox.changed.append(self._tell)
+
+    async def run(self) -> None:
+        """Follow what is followed, and submit what is pending, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.outbox.run, self._submit_again)
+            nursery.start_soon(self._follow_all)
+
+    async def submit(self, request: Request, *, keep: bool = True) -> TaskView | Waiting:
+        """Submit a task, and return it when it is committed; what cannot be in 5 seconds is kept and pending.
+
+        Args:
+            request: what is asked for.
+            keep: False: raise UNAVAILABLE instead of keeping it.
+
+        Raises:
+            KnodeError: TOO_LARGE, INVALID_ARGUMENT, NOT_FOUND (a file or node), NO_ELIGIBLE_NODE, NO_AGENT,
+                NOT_ALLOWED, KEY_CONFLICT, RATE_LIMITED, KEY_REVOKED, EXPIRED: it is not done. UNAVAILABLE:
+                it may still be.
+
+        Cancelling leaves open whether it is done.
+        """
+        submit = await self._prepare(request)
+        pending = self.outbox.with_key(submit.key)
+        if pending is not None:
+            if pending.digest != task_digest(submit.task):
+                raise _key_conflict(submit.key, pending.id)
+            return pending
+        try:
+            return await self._leader.ask(SUBMIT, submit, deadline=self._in(COMMIT_S))
+        except KnodeError as error:
+            if error.code not in _NO_QUORUM:
+                raise
+            if not keep:
+                raise KnodeError(
+                    Code.UNAVAILABLE,
+                    f"it is not committed ({error.message}), but may still be, under the key {submit.key}",
+                    f"submit it again with '--key {submit.key}': it is the same task then",
+                ) from error
+        return await self.outbox.keep(submit)
+
+    async def tasks(self) -> Found:
+        """Return the tasks of the cell, newest first: the last thousand."""
+        tasks: list[TaskView] = []
+        try:
+            more = True
+            while more and len(tasks) < LISTED_TASKS:
+                before = tasks[-1].number if tasks else None
+                page = await self._leader.ask(LIST, ListTasks(before), deadline=self._in(COMMIT_S))
+                tasks += page.tasks
+                more = page.more and bool(page.tasks)
+        except KnodeError as error:
+            if error.code not in _NO_QUORUM:
+                raise
+            records = await self._store.list(LISTED_TASKS)
+            return Found(tuple(map(view_of_record, records)), is_confirmed=False)
+        return Found(tuple(tasks), is_confirmed=True)
+
+    async def show(self, selector: str) -> Found:
+        """Return the one task of the ledger that fits, or none.
+
+        Raises:
+            KnodeError: INVALID_ARGUMENT for what is no start of an id, or when several fit.
+        """
+        if not is_selector(selector):
+            return Found((), is_confirmed=True)
+        try:
+            view = await self._leader.ask(SHOW, ShowTask(selector), deadline=self._in(COMMIT_S))
+        except KnodeError as error:
+            if error.code is Code.NOT_FOUND:
+                return Found((), is_confirmed=True)
+            if error.code not in _NO_QUORUM:
+                raise
+            return await self._show_known(selector)
+        return Found((view,), is_confirmed=True)
+
+    async def _show_known(self, selector: str) -> Found:
+        try:
+            return Found((view_of_record(await self._store.find(selector)),), is_confirmed=False)
+        except KnodeError as error:
+            if error.code is not Code.NOT_FOUND:
+                raise
+            return Found((), is_confirmed=False)
+
+    async def explain(self, task: bytes) -> Explanation:
+        """Say why a task is where it is; NOT_FOUND, UNAVAILABLE."""
+        return await self._leader.ask(EXPLAIN, ShowTask(task.hex()), deadline=self._in(COMMIT_S))
+
+    async def effects(self, task: bytes | None = None) -> Sequence[Effect]:
+        """Return the operations that all tasks left, or one, in their order: the first ten thousand.
+
+        Raises:
+            KnodeError: NOT_FOUND, UNAVAILABLE.
+        """
+        effects: list[Effect] = []
+        selector = None if task is None else task.hex()
+        after: int | None = 0
+        while after is not None and len(effects) < LISTED_EFFECTS:
+            page = await self._leader.ask(EFFECTS, ListEffects(after, selector), deadline=self._in(COMMIT_S))
+            effects += page.effects
+            after = page.next
+        return effects
+
+    async def cancel(self, task: bytes) -> TaskView | Waiting:
+        """Cancel a task; one that is pending is cancelled as soon as its fate is known.
+
+        Raises:
+            KnodeError: INVALID_ARGUMENT when it has ended, NOT_ALLOWED, NOT_FOUND, UNAVAILABLE.
+        """
+        waiting = self.outbox.get(task)
+        if waiting is not None and waiting.is_pending:
+            await self.outbox.cancel(task)
+            return self.outbox.get(task) or waiting
+        return await self._leader.ask(CANCEL, CancelTask(task), deadline=self._in(COMMIT_S))
+
+    async def follow(self, task: bytes) -> AsyncIterator[TaskView | Waiting]:
+        """Give a task as it is and then each time that it has changed, until it has ended.
+
+        Raises:
+            KnodeError: NOT_FOUND when the cell does not know it, RATE_LIMITED.
+        """
+        followed = self._followed.get(task)
+        if followed is None:
+            if len(self._followed) >= FOLLOWED_AT_ONCE:
+                raise KnodeError(
+                    Code.RATE_LIMITED,
+                    f"{FOLLOWED_AT_ONCE} tasks are followed on this node",
+                    "try again later",
+                )
+            followed = self._followed[task] = _Followed()
+        followed.followers += 1
+        try:
+            if followed.view is None:
+                self._ask_anew()
+            while True:
+                changed = followed.changed
+                waiting = self.outbox.get(task)
+                if waiting is not None:
+                    yield waiting
+                    if not waiting.is_pending:
+                        return
+                elif followed.view is not None:
+                    yield followed.view
+                    if followed.view.state.final:
+                        return
+                elif followed.is_missing:
+                    raise not_found(task.hex())
+                await changed.wait()
+        finally:
+            followed.followers -= 1
+            if not followed.followers:
+                del self._followed[task]
+
+    # Submitting.
+
+    async def _prepare(self, request: Request) -> SubmitTask:
+        _check(request)
+        _ = self._membership.own  # who is no member (any more) asks for nothing
+        member = None if request.on is None else self._membership.roster.find(request.on)
+        task = self._world.randomness.token(16)
+        deadline_s = request.deadline_s or 0.0
+        now = self._world.clock.wall()
+        files, holders = await self._hold(task, request.artifacts)
+        new = NewTask(
+            agent=request.agent,
+            input=request.input,
+            files=files,
+            on=b"" if member is None else member.id.raw,
+            deadline_ms=round(deadline_s * 1000),
+            attempts=ATTEMPTS,
+        )
+        not_after = now + round(1000 * max(KEY_LIVES_S, deadline_s))
+        return SubmitTask(task, request.key or task.hex(), not_after, new, holders)
+
+    async def _submit_again(self, request: SubmitTask, is_cancelled: bool) -> None:
+        view = await self._leader.ask(SUBMIT, request, deadline=self._in(COMMIT_S))
+        self._log.info("a pending task is committed", task=view.id.hex(), state=view.state)
+        if is_cancelled and not view.state.final:
+            await self._leader.ask(CANCEL, CancelTask(view.id), deadline=self._in(COMMIT_S))
+
+    # Following: one question for all that is followed.
+
+    def _ask_anew(self) -> None:
+        self._following.set()
+        self._poll.cancel()
+
+    def _tell(self, task: bytes) -> None:
+        """The outbox has changed: whoever follows that task looks again, in the ledger when it is there."""
+        followed = self._followed.get(task)
+        if followed is not None:
+            followed.tell()
+            self._ask_anew()
+
+    async def _follow_all(self) -> None:
+        while True:
+            self._following = trio.Event()
+            asked = {
+                task: followed
+                for task, followed in self._followed.items()
+                if self.outbox.get(task) is None and not followed.is_settled
+            }
+            if not asked:
+                await self._following.wait()
+                continue
+            seen = tuple(followed.seen(task) for task, followed in asked.items())
+            with trio.CancelScope() as self._poll:
+                try:
+                    page = await self._leader.ask(WAIT, WaitForTasks(seen), deadline=self._in(POLL_S))
+                except KnodeError as error:
+                    if error.code not in _NO_QUORUM:
+                        self._log.warning("tasks cannot be followed", code=error.code, why=str(error))
+                        await trio.sleep(1)
+                    continue
+                for view in page.tasks:
+                    if view.id in asked:
+                        asked[view.id].take(view)
+                for task in page.missing:
+                    if task in asked:
+                        asked[task].miss()
+
+    def _in(self, seconds: float) -> Monotonic:
+        return Monotonic(self._world.clock.monotonic() + seconds)
+
+
+class _Followed:
+    """A task that somebody follows."""
+
+    def __init__(self) -> None:
+        self.followers = 0
+        self.view: TaskView | None = None
+        self.is_missing = False
+        self.changed = trio.Event()
+
+    @property
+    def is_settled(self) -> bool:
+        return self.is_missing or (self.view is not None and self.view.state.final)
+
+    def seen(self, task: bytes) -> Seen:
+        if self.view is None:
+            return Seen(task, None, 0, 0)
+        return Seen(task, self.view.state, self.view.attempt, self.view.reports)
+
+    def take(self, view: TaskView) -> None:
+        if not self.is_settled:
+            self.view = view
+            self.tell()
+
+    def miss(self) -> None:
+        self.is_missing = True
+        self.tell()
+
+    def tell(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
+
+
+def is_selector(text: str) -> bool:
+    """Tell whether it may be the start of a task's id."""
+    try:
+        msgspec.convert(text, Selector)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def not_found(selector: str) -> KnodeError:
+    """Return the error for a task that nobody knows."""
+    return KnodeError(
+        Code.NOT_FOUND,
+        f"there is no task {selector[:64]!r}",
+        "'knode task list' shows the cell's tasks, and the direct ones of this node since its start",
+    )
+
+
+def _key_conflict(key: str, task: bytes) -> KnodeError:
+    return KnodeError(
+        Code.KEY_CONFLICT,
+        f"the key {key!r} was used for another task, {task.hex()}",
+        f"'knode task show {task.hex()}' shows it; take another --key for this one",
+    )
+
+
+def _check(request: Request) -> None:
+    if len(request.input) > MAX_INPUT_BYTES:
+        raise KnodeError(
+            Code.TOO_LARGE,
+            f"the input has {len(request.input)} bytes; at most {MAX_INPUT_BYTES} fit",
+            "pass the data as a file: '--artifact PATH'",
+        )
+    try:
+        msgspec.convert(request.agent, AgentId)
+    except msgspec.ValidationError as error:
+        raise KnodeError(
+            Code.NO_ELIGIBLE_NODE,
+            f"{request.agent[:64]!r} is no name of an agent, so no node can run it",
+            "'knode agent list' shows the agents; a name is like kExecutor:text",
+        ) from error
+    if request.key is not None and not 1 <= len(request.key) <= MAX_KEY:
+        raise KnodeError(
+            Code.INVALID_ARGUMENT, f"a key has 1 to {MAX_KEY} characters", "give a shorter one: '--key K'"
+        )
+    deadline_s = request.deadline_s
+    if deadline_s is not None and not 0.001 <= deadline_s <= LONGEST_DEADLINE_S:
+        raise KnodeError(
+            Code.INVALID_ARGUMENT,
+            f"a deadline lies ahead, by {LONGEST_DEADLINE_S / 86_400:g} days at most",
+            "give seconds: '--deadline 60'",
+        )
