@@ -94,6 +94,16 @@ class Home:
         return self.state / "attempts"
 
     @property
+    def work(self) -> Path:
+        """The database of the attempts that this node has accepted."""
+        return self.state / "work.db"
+
+    @property
+    def inputs(self) -> Path:
+        """The folder of the files of durable tasks."""
+        return self.state / "inputs"
+
+    @property
     def log(self) -> Path:
         """The folder of the log files."""
         return self.path / "log"
@@ -137,6 +147,7 @@ class Home:
             self.state,
             self.agents,
             self.attempts,
+            self.inputs,
             self.log,
             self.run,
         )

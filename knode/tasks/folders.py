@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import trio
 
 from knode.errors import Code, KnodeError
+from knode.tasks.arriving import OWNER_SHARE, Share, gather
 from knode.tasks.messages import Stage
-from knode.tasks.values import MAX_FILES
 from knode.world import Log, World
 
 WAIT_S = 60.0
 """How long files wait for their task."""
 WAITING_TASKS = 64
 """Tasks whose files may wait at once."""
-TASKS_WORTH = 16
-"""All tasks together may have this many times the bytes of files that one may have."""
-OWNER_SHARE = 2
-"""One node's tasks may take up to the half of either, so that no single one shuts out the others."""
-WRITE_BYTES = 1024 * 1024
-"""How much is gathered before it goes to the disk."""
 
 
 class Folders:
@@ -66,7 +60,7 @@ class Folders:
         folder = self._waiting_folder(owner, stage.task)
         folder.writers += 1
         try:
-            self._reserve(folder, stage)
+            folder.share.reserve(stage.name, stage.size, self._shares(), self._task_bytes)
             await self._write(folder, stage, chunks)
             folder.complete.add(stage.name)
         except BaseException:
@@ -107,7 +101,7 @@ class Folders:
 
     def _waiting_folder(self, owner: bytes, task: bytes) -> _Folder:
         if task not in self._folders:
-            waiting = [f.owner for f in self._folders.values() if f.is_waiting]
+            waiting = [f.share.owner for f in self._folders.values() if f.is_waiting]
             if len(waiting) >= WAITING_TASKS or waiting.count(owner) >= WAITING_TASKS // OWNER_SHARE:
                 raise KnodeError(
                     Code.RATE_LIMITED, "files of too many tasks wait on this node", "try again later"
@@ -121,29 +115,12 @@ class Folders:
         folder = self._folders.get(task)
         if folder is None:
             folder = self._folders[task] = _Folder(owner, self._world.clock.monotonic())
-        if folder.owner != owner:
+        if folder.share.owner != owner:
             raise KnodeError(Code.NOT_ALLOWED, "this is another node's task")
         return folder
 
-    def _reserve(self, folder: _Folder, stage: Stage) -> None:
-        if stage.name in folder.names:
-            raise KnodeError(
-                Code.INVALID_ARGUMENT, f"two files of one task are called {stage.name!r}", "rename one"
-            )
-        if len(folder.names) >= MAX_FILES or folder.reserved_bytes + stage.size > self._task_bytes:
-            limit_mib = self._task_bytes // 2**20
-            raise KnodeError(
-                Code.TOO_LARGE,
-                f"this node takes {MAX_FILES} files of {limit_mib} MiB together with a task",
-                "send less, or raise tasks.artifact_bytes there",
-            )
-        everyones = sum(f.reserved_bytes for f in self._folders.values())
-        owners = sum(f.reserved_bytes for f in self._folders.values() if f.owner == folder.owner)
-        most = TASKS_WORTH * self._task_bytes
-        if everyones + stage.size > most or owners + stage.size > most // OWNER_SHARE:
-            raise KnodeError(Code.RATE_LIMITED, "the files of other tasks fill this node", "try again later")
-        folder.names.add(stage.name)
-        folder.reserved_bytes += stage.size
+    def _shares(self) -> list[Share]:
+        return [folder.share for folder in self._folders.values()]
 
     async def _write(self, folder: _Folder, stage: Stage, chunks: AsyncIterator[bytes]) -> None:
         run, disk = self._world.blocking.run, self._world.disk
@@ -151,23 +128,9 @@ class Folders:
         folder.is_made = True
         await run(partial(disk.make_folder, path))
         with await run(partial(disk.create, path / stage.name)) as file:
-            waiting, left = bytearray(), stage.size
-            async for chunk in chunks:
-                left -= len(chunk)
-                if left < 0:
-                    break
-                waiting += chunk
-                if len(waiting) >= WRITE_BYTES:
-                    await run(partial(file.write, bytes(waiting)))
-                    waiting.clear()
-            if left:
-                compared = "more" if left < 0 else "fewer"
-                raise KnodeError(
-                    Code.INVALID_ARGUMENT,
-                    f"{stage.name} has {compared} bytes than the {stage.size} that were announced",
-                    "see that nothing changes it, then submit the task again",
-                )
-            await run(partial(file.write, bytes(waiting)))
+            async with aclosing(gather(stage.name, stage.size, chunks)) as pieces:
+                async for piece in pieces:
+                    await run(partial(file.write, piece))
 
     async def _drop(self, task: bytes) -> None:
         """Forget a task's folder and remove it; what cannot be removed now is at the node's next start."""
@@ -191,10 +154,8 @@ class _Folder:
     """One task's."""
 
     def __init__(self, owner: bytes, now: float) -> None:
-        self.owner = owner
-        self.names: set[str] = set()
+        self.share = Share(owner)
         self.complete: set[str] = set()
-        self.reserved_bytes = 0
         self.writers = 0
         self.touched_at = now
         self.is_waiting = True
