@@ -68,7 +68,7 @@ def status(document: Document) -> str:
         "node": document["node_id"],
         "cell": document["cell_id"],
         "role": document["role"],
-        "leader": document["leader"],
+        "leader": _leader(document),
         "agents": len(agents) if isinstance(agents, list) else agents,
         "tasks": tasks,
     }
@@ -81,6 +81,10 @@ def status(document: Document) -> str:
     )
     warnings = "".join(f"\nwarning: {printable(str(warning))}" for warning in document["warnings"])
     return f"{fields(head)}\n\n{members}{warnings}"
+
+
+def _leader(document: Document) -> str | None:
+    return next((m["name"] for m in document["members"] if m["node_id"] == document["leader"]), None)
 
 
 def doctor(document: Document) -> str:

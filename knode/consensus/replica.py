@@ -17,7 +17,7 @@ import trio
 
 from knode.consensus.backlog import Backlog
 from knode.consensus.configuration import everyone, founded
-from knode.consensus.driver import Driver, not_leader
+from knode.consensus.driver import AGAIN_S, Driver, not_leader
 from knode.consensus.envelope import (
     REFUSED_TOPIC,
     TOPIC,
@@ -32,7 +32,7 @@ from knode.consensus.envelope import (
     readables,
     refusals,
 )
-from knode.consensus.installation import Installation
+from knode.consensus.installation import DISK_TAKES_NOTHING, Installation
 from knode.consensus.journal import Journal
 from knode.consensus.messages import Configuration, Entry, Index, InstallSnapshot, Message, ReplicaId, Term
 from knode.consensus.raft import Raft
@@ -61,6 +61,7 @@ NOTES = 256
 """Messages that wait until it is recorded what their senders have shown."""
 HAND_OVER_S = 1.0
 ASK_AGAIN_S = 0.2
+LOOK_AGAIN_S = 2.0
 ANSWER_S = 5.0
 
 OnApplied = Callable[[Sequence[Entry], Sequence[Any]], None]
@@ -114,6 +115,8 @@ class Replica:
         self._unrecorded: deque[Envelope | Refused] = deque()
         self._record_work = trio.Event()
         self._in_cell = trio.Event()
+        self._told_leader: bytes | None = None
+        """Raw id of the member that leads, as another member said."""
         self._told_refusal: dict[ReplicaId, float] = {}
         membership.changed.append(lambda _: self._in_cell.set())
         peers.on_event(TOPIC, self._take)
@@ -157,11 +160,13 @@ class Replica:
         return self.stopped or (self._life.driver.trouble if self._life is not None else None)
 
     def leader(self) -> Member | None:
-        """Return who leads, as far as this replica knows; None also without a replica that is named."""
+        """Return who leads: as this replica knows, or while no configuration names it, as others said."""
         life = self._life
-        if life is None or life.driver.raft.leader is None or life.driver.trouble is not None:
-            return None
-        return self._membership.roster.holders.get(member_of(life.driver.raft.leader))
+        if life is None or not self.is_named:
+            leader = self._told_leader
+        else:
+            leader = life.driver.raft.leader if life.driver.trouble is None else None
+        return self._membership.roster.holders.get(member_of(leader)) if leader is not None else None
 
     async def find_leader(self, *, deadline: Monotonic) -> Member:
         """Return who leads: as this replica knows, or else as another member's does.
@@ -171,11 +176,21 @@ class Replica:
         """
         with trio.move_on_at(deadline):
             while True:
-                leader = self.leader() or (None if self.is_named else await self._ask_for_leader())
+                if not self.is_named:
+                    await self._ask_for_leader()
+                leader = self.leader()
                 if leader is not None:
                     return leader
-                await self._until_leader_changes()
+                await self.until_leader_changes()
         raise _no_leader()
+
+    async def until_leader_changes(self) -> None:
+        """Return when another leads, as far as is known here, or none; or after a moment."""
+        with trio.move_on_after(ASK_AGAIN_S):
+            if self._life is None or not self.is_named:
+                await trio.sleep_forever()
+            else:
+                await self._life.driver.changed.wait()
 
     async def propose(self, command: bytes, *, deadline: Monotonic) -> Any:
         """Append a command to the cell's log; return the outcome of its apply here.
@@ -255,10 +270,10 @@ class Replica:
 
         Raises:
             KnodeError: HOME_DAMAGED in a cell of one member, which nobody else could bring back;
-                HOME_TOO_NEW, DISK_FULL, DISK_READ_ONLY.
+                HOME_TOO_NEW.
         """
-        if self._membership.in_cell and self._life is None:
-            await self._open()
+        if self._membership.in_cell:
+            await self._open_if_disk_takes_it()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take part until cancelled; wait for the cell when there is none yet."""
@@ -266,11 +281,15 @@ class Replica:
         while not self._membership.in_cell:
             self._in_cell = trio.Event()
             await self._in_cell.wait()
-        if self.standing is None:
-            await self._open()
-        life = self._life
-        if life is None:
-            return
+        while self._life is None and (self.standing is None or self.standing.unfit is None):
+            if not await self._open_if_disk_takes_it():
+                await trio.sleep(AGAIN_S)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_asking)
+            if self._life is not None:
+                await self._live(self._life)
+
+    async def _live(self, life: _Life) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(life.transfers.run)
@@ -290,6 +309,18 @@ class Replica:
             with trio.CancelScope(shield=True):
                 await life.driver.aclose()
 
+    async def _open_if_disk_takes_it(self) -> bool:
+        try:
+            await self._open()
+        except KnodeError as error:
+            if error.code not in (*DISK_TAKES_NOTHING, Code.UNAVAILABLE):
+                raise
+            if self.stopped is None:
+                self._log.warning("this node cannot take part in the consensus yet", why=str(error))
+            self.stopped = error
+            return False
+        return True
+
     async def _open(self) -> None:
         roster, own = self._membership.roster, self._membership.own
         self.standing = standing = await Standing.open(
@@ -302,15 +333,19 @@ class Replica:
         )
         if standing.unfit is not None:
             self.stopped = _unfit(standing.unfit)
+            if len(roster.members) == 1:
+                raise self.stopped
             return
         try:
             self._life = await self._begin(standing)
         except KnodeError as error:
-            if error.code in (Code.DISK_FULL, Code.DISK_READ_ONLY, Code.HOME_TOO_NEW):
+            if error.code is not Code.HOME_DAMAGED:
                 raise
             await self._stop(standing, error)
-        if self.stopped is not None and len(roster.members) == 1:
-            raise self.stopped
+            if len(roster.members) == 1:
+                raise _unfit(error.message) from error
+        else:
+            self.stopped = None
 
     async def _begin(self, standing: Standing) -> _Life:
         world, run, disk = self._world, self._world.blocking.run, self._world.disk
@@ -551,19 +586,19 @@ class Replica:
         except KnodeError as error:
             if error.code not in (Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT, Code.RATE_LIMITED):
                 raise
-        await self._until_leader_changes()
+        await self.until_leader_changes()
         return None
 
-    async def _until_leader_changes(self) -> None:
-        with trio.move_on_after(ASK_AGAIN_S):
-            if self._life is None:
-                await trio.sleep_forever()
-            else:
-                await self._life.driver.changed.wait()
+    async def _keep_asking(self) -> None:
+        """Know who leads while no configuration names this replica."""
+        while True:
+            if not self.is_named:
+                await self._ask_for_leader()
+            await trio.sleep(LOOK_AGAIN_S)
 
-    async def _ask_for_leader(self) -> Member | None:
+    async def _ask_for_leader(self) -> None:
         """Ask the members that are here who leads, one after the other."""
-        roster, standing = self._membership.roster, self.standing
+        holders, standing, self._told_leader = self._membership.roster.holders, self.standing, None
         for peer in self._peers.members():
             if standing is None or peer.state is not PeerState.ALIVE:
                 continue
@@ -572,13 +607,13 @@ class Replica:
                 answer = await peer.request(
                     "consensus.leader", Asked(standing.incarnation.hash), deadline=until
                 )
-                member = roster.holders.get(leadings.decode(answer).leader)
+                leader = leadings.decode(answer).leader
             except KnodeError as error:
                 self._log.debug("a member does not say who leads", peer=peer.node_id, why=str(error))
                 continue
-            if member is not None:
-                return member
-        return None
+            if leader in holders:
+                self._told_leader = leader
+                return
 
 
 def not_taken() -> KnodeError:

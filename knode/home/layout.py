@@ -84,6 +84,16 @@ class Home:
         return self.state / "node.db"
 
     @property
+    def ledger(self) -> Path:
+        """The cell's tasks, as far as this node has applied them."""
+        return self.state / "ledger.db"
+
+    @property
+    def raft(self) -> Path:
+        """The folder of the cell's log. In no backup: an old copy of it is worth nothing."""
+        return self.state / "raft"
+
+    @property
     def agents(self) -> Path:
         """The folder of installed agents."""
         return self.state / "agents"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import trio
@@ -11,6 +12,7 @@ from knode import __version__
 from knode.agents.registry import Registry
 from knode.agents.runtime import Runner
 from knode.agents.sandbox import Sandbox
+from knode.consensus.replica import Replica
 from knode.errors import Code, KnodeError
 from knode.home.configuration import Settings
 from knode.home.layout import Home
@@ -40,6 +42,7 @@ from knode.tasks.direct import DirectTasks
 from knode.tasks.folders import Folders
 from knode.tasks.offers import Offers
 from knode.tasks.places import Places
+from knode.tasks.store import LedgerStore
 from knode.tasks.worker import Worker
 from knode.transport import Carrier, Listener
 from knode.world import Log, World
@@ -71,6 +74,7 @@ class Node:
         owner_key: KeyPair | None,
         carriers: Mapping[str, Carrier],
         machine: Machine,
+        ledger: LedgerStore,
         announcer: Announcer | None,
         finder: Finder | None,
         log: Log,
@@ -105,6 +109,10 @@ class Node:
         self.joining = Joining(world, self.membership, self.peers, self.gossip, self.methods, self.discovery)
         self.pinging = Pinging(world, self.methods)
         self.reaching = Reaching(world, self.membership, self.peers, self.methods)
+        self.ledger = ledger
+        self.replica = Replica(
+            world, self.membership, self.peers, self.methods, database, ledger, home.raft, log
+        )
         self.registry = Registry(world, home.agents, key, self._is_publisher_trusted)
         self.runner = Runner(world, self.registry, machine.sandbox, home.attempts)
         self.offers = Offers(key.public, self.peers, self.registry, self.runner)
@@ -153,16 +161,29 @@ class Node:
         """
         key = load_key(world, home.node_key)
         owner_key = load_key(world, home.owner_key) if world.disk.exists(home.owner_key) else None
-        database = await open_database(world, home)
-        try:
+        async with AsyncExitStack() as opened:
+            database = await open_database(world, home)
+            opened.push_async_callback(database.aclose)
+            ledger = await LedgerStore.open(world, home.ledger)
+            opened.push_async_callback(ledger.aclose)
             node = cls(
-                world, home, settings, database, key, owner_key, carriers, machine, announcer, finder, log
+                world,
+                home,
+                settings,
+                database,
+                key,
+                owner_key,
+                carriers,
+                machine,
+                ledger,
+                announcer,
+                finder,
+                log,
             )
             await node.membership.load()
             await world.blocking.run(node.registry.load)
-        except BaseException:
-            await database.aclose()
-            raise
+            await node.replica.open()
+            opened.pop_all()
         return node
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -190,7 +211,13 @@ class Node:
             with trio.CancelScope(shield=True):
                 for listener in self._listeners:
                     await listener.aclose()
-                await self._database.aclose()
+                await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the files of a node that was opened; `run` does it in the end."""
+        await self.replica.aclose()
+        await self.ledger.aclose()
+        await self._database.aclose()
 
     async def _work(self, up: trio.Event) -> None:
         """Run the rooms. Cancelling does not reach them before the good-byes are said."""
@@ -199,6 +226,7 @@ class Node:
             await nursery.start(self.worker.run)
             await nursery.start(self.tasks.run)
             self.offers.announce()
+            await nursery.start(self.replica.run)
             await nursery.start(self.peers.run, self._listeners)
             nursery.start_soon(self.gossip.run)
             nursery.start_soon(self._keep_contact)
@@ -209,6 +237,7 @@ class Node:
             self.log.info("node is up", node=self.key.node_id, addresses=self.addresses)
             up.set()
             await self._going_down.wait()
+            await self.replica.hand_over()
             await self.peers.leave()
             nursery.cancel_scope.cancel()
 

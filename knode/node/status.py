@@ -21,6 +21,7 @@ def status(node: Node) -> dict[str, Any]:
     """Return the whole picture, with what needs care and the next step for it."""
     membership = node.membership
     in_cell = membership.in_cell
+    leader = node.replica.leader() if in_cell else None
     own = membership.roster.members.get(node.key.public.raw) if in_cell else None
     return {
         "node_id": own.node_id if own else node.key.node_id,
@@ -28,7 +29,7 @@ def status(node: Node) -> dict[str, Any]:
         "name": own.name if own else node.settings.node.name,
         "cell_id": membership.roster.cell_id.hex() if in_cell else None,
         "role": own.role if own else None,
-        "leader": None,
+        "leader": leader.node_id if leader else None,
         "members": [member_document(node, m) for m in membership.roster.members.values()] if in_cell else [],
         "agents": [e.manifest.id for e in node.registry.list() if e.state is AgentState.RUNNING],
         "tasks": dict(Counter(str(task.state) for task in node.tasks.list())),
@@ -162,6 +163,8 @@ def _warnings(node: Node) -> list[str]:
                 f"{member.name} is out: two keys claim to be its next one, so someone else has its key: "
                 f"'knode member revoke {member.name}', then invite it again"
             )
+        if node.replica.trouble is not None:
+            warnings.append(str(node.replica.trouble))
         lost = [p for p in node.peers.members() if p.state is PeerState.FAILED]
         if lost:
             names = ", ".join(membership.roster.members[p.key.raw].name for p in lost)

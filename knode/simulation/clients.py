@@ -67,8 +67,8 @@ class History:
             self._check_submitter(owner, line)
         if line["event"] == "peer disconnected":
             self._check_link(owner, line)
-        if line.get("level") == "error":
-            self.faults.append(f"{owner} logged: {line['event']} ({line.get('error', '')})")
+        if line.get("level") == "error" and "error" in line:  # an exception: a disk's failure is told without
+            self.faults.append(f"{owner} logged: {line['event']} ({line['error']})")
 
     def _check_submitter(self, owner: str, line: Line) -> None:
         for host, node in self.cell.nodes():

@@ -263,11 +263,13 @@ async def test_a_member_that_no_configuration_names_finds_the_leader_by_asking(
     leader = await replicas.leader()
     stranger = await replicas.join()
     assert not stranger.replica.is_named
-    assert stranger.replica.leader() is None
     deadline = Monotonic(trio.current_time() + 5)
     found = await stranger.replica.find_leader(deadline=deadline)
     assert found.key == leader.key.public
     await refused(Code.UNAVAILABLE, stranger.barrier)
+    await replicas.kill(leader)
+    other = await replicas.leader(but=leader)
+    await until(lambda: (known := stranger.replica.leader()) is not None and known.key == other.key.public)
 
 
 async def test_a_rotated_key_still_speaks_for_its_replica(

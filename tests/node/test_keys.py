@@ -42,7 +42,7 @@ async def left_behind(
     disk.watch(strike)
     await change(node)
     disk.watch(lambda event: None)
-    await node._database.aclose()
+    await node.aclose()
     return left[0] if left else None
 
 
@@ -54,7 +54,7 @@ async def every_way_to_end(
         for step in itertools.count():
             left = await left_behind(host, change, step, power_cut=power_cut)
             if left is None:
-                assert step >= 10
+                assert step >= 8
                 break
             yield left
 
@@ -78,7 +78,7 @@ async def test_a_node_that_is_stopped_while_it_rotates_comes_up_with_the_key_tha
         assert not disk.exists(next_key_file(host.home.node_key))
         seen.add(node.key.public == first)
         await node.rotate()  # and what was left behind is in nobody's way
-        await node._database.aclose()
+        await node.aclose()
     assert seen == {True, False}
 
 
@@ -101,5 +101,5 @@ async def test_a_node_that_is_stopped_while_it_recovers_the_cell_comes_up_with_t
         assert not disk.exists(next_key_file(host.home.owner_key))
         seen.add(owner == before)
         await recover(node)
-        await node._database.aclose()
+        await node.aclose()
     assert seen == {True, False}

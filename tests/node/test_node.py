@@ -15,6 +15,7 @@ from knode.home.configuration import load_configuration
 from knode.klp.keepalive import Keepalive, Load, read_keepalive
 from knode.mesh.statements import Role
 from knode.node import Machine, Node
+from knode.node.database import open_database
 from knode.node.status import status
 
 
@@ -159,3 +160,46 @@ async def test_a_revoked_node_is_told_who_refuses_it_and_why(autojump_clock: Moc
     await cell.until(lambda: any("was revoked" in warning for warning in status(attic.node)["warnings"]))
     assert status(desk.node)["warnings"] == []
     assert [member["name"] for member in status(desk.node)["members"]] == ["desk"]
+
+
+async def test_the_founder_leads_and_status_says_so_also_where_it_is_only_told(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk = await cell.add("desk")
+    attic = await cell.add("attic", role=Role.OBSERVER)
+    await cell.until(lambda: desk.node.replica.is_leader)
+    leader = desk.node.key.node_id
+    await cell.until(lambda: status(attic.node)["leader"] == leader)
+    assert status(desk.node)["leader"] == leader
+    await cell.stop(desk)
+    await cell.until(lambda: status(attic.node)["leader"] is None)
+    await cell.start(desk)
+    await cell.until(lambda: status(attic.node)["leader"] == leader)
+
+
+async def test_a_home_of_an_older_version_gets_its_log_from_its_founder(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk = await cell.add("desk")
+    await cell.stop(desk)
+    desk.disk.remove(desk.home.raft)
+    desk.disk.remove(desk.home.ledger)
+    database = await open_database(desk.world, desk.home)
+    await database.write(lambda connection: connection.execute("DELETE FROM standing").fetchall())
+    await database.aclose()
+    await cell.start(desk)
+    await cell.until(lambda: desk.node.replica.is_leader)
+
+
+async def test_a_node_whose_disk_is_full_starts_and_takes_part_once_there_is_room(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk = await cell.add("desk")
+    await cell.stop(desk)
+    desk.disk.fill()
+    await cell.start(desk)
+    assert status(desk.node)["leader"] is None
+    assert "no space" in status(desk.node)["warnings"][0]
+    desk.disk.free()
+    await cell.until(lambda: desk.node.replica.is_leader)
+    assert "no space" not in str(status(desk.node)["warnings"])
