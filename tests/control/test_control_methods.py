@@ -402,6 +402,7 @@ async def test_stop_is_passed_on(autojump_clock: MockClock, cell: Cell) -> None:
 
 async def test_new_log_lines_come_live(autojump_clock: MockClock, cell: Cell) -> None:
     desk = await cell.add("desk")
+    await cell.until(lambda: desk.node.replica.is_leader)
     daemon = Daemon(desk)
     with trio.move_on_after(10):
         async with trio.open_nursery() as nursery:
