@@ -236,6 +236,8 @@ class Leadership:
         before = log.committed
         log.commit_to(index)
         self._uncommitted_bytes -= log.size_between(before, index)
+        if before < log.configuration_index <= index:
+            self._follow_configuration()
         if self._joint_is_to_be_left():
             joint = log.configuration
             self._append(Kind.CONFIGURATION, configurations.encoded(configurations.left(joint)))
@@ -266,7 +268,7 @@ class Leadership:
     def _leave_snapshot(self, progress: Progress) -> None:
         if progress.match >= self._log.snapshot.index:
             progress.replicate()
-        elif progress.match >= progress.snapshot:
+        elif progress.match >= progress.snapshot.index:
             progress.probe(progress.match + 1)  # it came, but the log has moved on: another is needed
 
     def _refused(self, message: AppendReply, progress: Progress) -> None:
@@ -275,8 +277,9 @@ class Leadership:
             if message.index > progress.match:
                 progress.probe(progress.match + 1)
         elif progress.feeding is Feeding.SNAPSHOT:
-            if message.hint_index >= progress.snapshot:  # it came, its answer did not, and it is old by now
-                progress.probe(progress.match + 1)
+            sent = progress.snapshot
+            if message.hint_index >= sent.index and message.hint_term >= sent.term:
+                progress.probe(progress.match + 1)  # it came, its answer did not, and the log has moved on
         elif message.index == progress.next - 1:
             hint, _ = self._log.last_agreeing(min(message.hint_index, message.index), message.hint_term)
             progress.probe(max(min(hint + 1, message.index), progress.match + 1))
@@ -325,7 +328,7 @@ class Leadership:
     def _send_snapshot(self, to: ReplicaId, progress: Progress) -> None:
         if not self._is_active(progress):
             return  # nobody is there to take it
-        progress.await_snapshot(self._log.snapshot.index)
+        progress.await_snapshot(self._log.snapshot)
         self._send(InstallSnapshot(self._term, self._id, to, self._log.snapshot))
 
     def _look_for_losses(self, to: ReplicaId, progress: Progress) -> None:
@@ -338,7 +341,7 @@ class Leadership:
             if previous >= base:
                 self._send_append(to, progress, previous, ())
             else:
-                progress.probe(progress.match + 1)  # compacted meanwhile: if it was lost, a snapshot must do
+                progress.probe(progress.match + 1)  # compacted meanwhile: it is sent a snapshot
         progress.stalled_at = progress.match
 
     def _send_heartbeats(self) -> None:
@@ -394,20 +397,24 @@ class Leadership:
     # The configuration (chapter 4)
 
     def _follow_configuration(self) -> None:
-        """Keep a progress for everyone who gets the log now."""
-        everyone = configurations.everyone(self._log.configuration)
-        for replica in everyone:
-            if replica != self._id and replica not in self._followers:
-                self._followers[replica] = Progress(self._log.last_index + 1, self._tick)
-        for replica in [replica for replica in self._followers if replica not in everyone]:
+        """Keep a progress for everyone who gets the log now: those who leave get it until that is
+        committed, so that they learn of it."""
+        everyone = {
+            replica
+            for configuration in self._log.possible_configurations
+            for replica in configurations.everyone(configuration)
+        }
+        for replica in sorted(everyone - {self._id} - self._followers.keys()):
+            self._followers[replica] = Progress(self._log.last_index + 1, self._tick)
+        for replica in sorted(self._followers.keys() - everyone):
             self._say_farewell(replica, self._followers.pop(replica))
         if self.transferring_to not in self._log.configuration.voters:
             self.transferring_to = None
 
     def _say_farewell(self, replica: ReplicaId, progress: Progress) -> None:
-        """Send one that leaves the entry that says so, if it can be sent: it then stands for no election. If
-        it does not come, nobody listens to it (section 4.2.3)."""
-        if progress.feeding is Feeding.REPLICATE and progress.next > self._log.snapshot.index:
+        """Tell one that has left that this is committed: it then stands for no election. If it does not
+        hear it, nobody listens to it (section 4.2.3)."""
+        if progress.feeding is Feeding.REPLICATE:
             self._send_entries(replica, progress)
 
     def _change_may_begin(self) -> bool:

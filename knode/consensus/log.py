@@ -84,6 +84,14 @@ class Log:
         """Where that stands."""
         return self._configurations[-1][0]
 
+    @property
+    def possible_configurations(self) -> list[Configuration]:
+        """Return those that may turn out to be in force: the last that is committed, and all after it."""
+        place = len(self._configurations) - 1
+        while place and self._configurations[place][0] > self.committed:
+            place -= 1
+        return [configuration for _, configuration in self._configurations[place:]]
+
     def term_at(self, index: Index) -> Term | None:
         """Return the term of the entry at an index; None when that is not known here."""
         offset = index - self.snapshot.index - 1

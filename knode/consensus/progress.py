@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-from knode.consensus.messages import Index
+from knode.consensus.messages import Index, Snapshot
 
 
 class Feeding(StrEnum):
@@ -63,8 +63,8 @@ class Progress:
         self.feeding = Feeding.PROBE
         self.paused = False
         """PROBE: one is out; the next answer or heartbeat lets another go."""
-        self.snapshot: Index = 0
-        """SNAPSHOT: the index of what is on its way."""
+        self.snapshot = Snapshot()
+        """SNAPSHOT: what is on its way."""
         self.heard = tick
         """The tick of its last answer."""
         self.read = 0
@@ -85,16 +85,15 @@ class Progress:
         """The logs agree up to `match`."""
         self._enter(Feeding.REPLICATE, self.match + 1)
 
-    def await_snapshot(self, index: Index) -> None:
+    def await_snapshot(self, snapshot: Snapshot) -> None:
         """A snapshot goes out; nothing else until it is there."""
-        self._enter(Feeding.SNAPSHOT, index + 1)
-        self.snapshot = index
+        self._enter(Feeding.SNAPSHOT, snapshot.index + 1)
+        self.snapshot = snapshot
 
     def _enter(self, feeding: Feeding, next_index: Index) -> None:
         self.feeding = feeding
         self.next = next_index
         self.paused = False
-        self.snapshot = 0
         self._in_flight.clear()
         self._in_flight_bytes = 0
 

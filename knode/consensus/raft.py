@@ -16,7 +16,7 @@ and switched off to see a test fail:
 | what is of an older term is refused | `Raft._is_stale` | figure 3.1, AppendEntries 1 |
 | nobody votes against a leader that it hears | `Raft._ignores_vote` | 4.2.3, 6.4.1 |
 | no term is begun without prospect of winning | `Raft._campaign` (pre-vote) | 9.6 |
-| only voters stand for election | `Raft._may_campaign` | 4.2.1 |
+| only voters stand for election, also one that leaves | `Raft._may_campaign` | 4.2.1, 4.2.2 |
 | entries go only where the logs agree | `Log.matches` | figure 3.1, AppendEntries 2 |
 | a conflict is cut away | `Log._truncate_conflict` | figure 3.1, AppendEntries 3 |
 | nothing else is | `Log.merge` | figure 3.1, AppendEntries 4 |
@@ -416,8 +416,12 @@ class Raft:
             self._become_follower(self.term)
 
     def _may_campaign(self) -> bool:
-        """Only a voter stands for election, and only it may be told to."""
-        return configurations.may_vote(self._log.configuration, self.id)
+        """Only a voter stands for election, and only it may be told to. One that is to lose its vote goes on
+        until that is committed: perhaps nobody else has the entry with which it can be (section 4.2.2)."""
+        return any(
+            configurations.may_vote(configuration, self.id)
+            for configuration in self._log.possible_configurations
+        )
 
     def _campaign_for_pre_votes(self) -> None:
         """Ask whether an election could be won, before a term is spent on it."""
