@@ -327,7 +327,9 @@ class Leadership:
 
     def _send_snapshot(self, to: ReplicaId, progress: Progress) -> None:
         if not self._is_active(progress):
-            return  # nobody is there to take it
+            progress.probe(progress.match + 1)
+            progress.paused = True  # nobody is there to take it: wait for a sign of life
+            return
         progress.await_snapshot(self._log.snapshot)
         self._send(InstallSnapshot(self._term, self._id, to, self._log.snapshot))
 
@@ -414,7 +416,7 @@ class Leadership:
     def _say_farewell(self, replica: ReplicaId, progress: Progress) -> None:
         """Tell one that has left that this is committed: it then stands for no election. If it does not
         hear it, nobody listens to it (section 4.2.3)."""
-        if progress.feeding is Feeding.REPLICATE:
+        if progress.feeding is Feeding.REPLICATE and progress.next > self._log.snapshot.index:
             self._send_entries(replica, progress)
 
     def _change_may_begin(self) -> bool:
