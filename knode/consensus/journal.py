@@ -87,7 +87,7 @@ class Journal:
         self._snapshot = last.head.snapshot
         self._last_index = content.last_index
         self._is_marked = last.is_marked or not last.batches
-        self._is_closed = False
+        self._is_closed = self._is_torn = False
         self._failure: SyncFailed | None = None
         self._file = disk.append(self._path(last.head.number), last.size)
         self._mark = -1
@@ -243,24 +243,22 @@ class Journal:
             raise self._failure
 
     def _write(self, kind: RecordKind, body: bytes) -> None:
-        record = encode_record(kind, body, position=self._end, mark=self._mark, after=self._chain)
-        try:
-            self._file.write(record)
-        except KnodeError:
+        if self._is_torn:
             self._cut_back()
-            raise
+        record = encode_record(kind, body, position=self._end, mark=self._mark, after=self._chain)
+        self._is_torn = True
+        self._file.write(record)
+        self._is_torn = False
         self._current.size += len(record)
         self._chain = record[-DIGEST_BYTES:]
 
     def _cut_back(self) -> None:
-        """Take away what a failed write left, durably: a later end of the file must not stand before it."""
-        try:
-            self._file.close()
-            self._file = self._disk.append(self._path(self._current.number), self._current.size)
-            self._file.sync()
-        except KnodeError as error:
-            raise self._fail(error) from error
-        self._mark = self._end
+        """Take away what a failed write left, durably: it must not come back behind what is written next."""
+        file = self._disk.append(self._path(self._current.number), self._current.size)
+        self._file.close()
+        self._file, self._mark = file, -1
+        self._sync()
+        self._is_torn = False
 
     def _sync(self) -> None:
         if self._mark == self._end:
@@ -290,7 +288,6 @@ class Journal:
 
     def _roll(self, snapshot: Snapshot) -> None:
         """Go on in a new segment, whose head says that the log begins behind `snapshot`."""
-        self._sync()
         number = self._current.number + 1
         first = self._first_needed(snapshot.index, otherwise=number)
         head = Head(number, first, self._chain, self._hard_state, snapshot, self._last_index)
@@ -313,7 +310,7 @@ class Journal:
             raise self._fail(error) from error
 
     def _go_on_in(self, number: int, segment: bytes) -> None:
-        self._base = self._end
+        self._base, self._is_torn = self._end, False
         self._file.close()
         try:
             self._file = self._disk.append(self._path(number), len(segment))
