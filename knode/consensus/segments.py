@@ -135,6 +135,7 @@ def replay(segments: Sequence[Segment]) -> Content:
     """
     snapshot = segments[-1].head.snapshot
     hard_state, last = segments[0].head.hard_state, segments[0].head.last_index
+    # Of what was replaced, only what lies beyond the new last one stays here; it is not looked at.
     entries: dict[Index, Entry] = {}
     for segment in segments:
         if segment.head.last_index != last or segment.head.hard_state != hard_state:
@@ -145,8 +146,6 @@ def replay(segments: Sequence[Segment]) -> Content:
                 first = batch.entries[0].index
                 if first > last + 1:
                     raise Damaged(f"entries {last + 1} to {first - 1} are missing")
-                for index in range(first, last + 1):
-                    entries.pop(index, None)
                 for index, entry in enumerate(batch.entries, first):
                     if entry.index != index:
                         raise Damaged(f"entry {index} says that it is {entry.index}")

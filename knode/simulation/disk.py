@@ -214,10 +214,14 @@ class SimulatedFile:
         self._closed = False
 
     def write(self, data: bytes) -> None:
-        """Append `data`, unsynced."""
+        """Append `data`, unsynced; when it does not fit, the part that does."""
         assert not self._closed, "written after close"
         with named_disk_errors(self._path):
-            self._volume.change(self._file, Write(len(self._file.content), bytes(data)))
+            at, data = len(self._file.content), bytes(data)
+            if (fits := self._volume.room_bytes()) is not None and 0 < fits < len(data):
+                self._volume.change(self._file, Write(at, data[:fits]))
+                at, data = at + fits, data[fits:]
+            self._volume.change(self._file, Write(at, data))
 
     def sync(self) -> None:
         """Make what was written durable."""

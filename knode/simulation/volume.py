@@ -126,6 +126,10 @@ class Volume:
         """Return how many bytes the files hold."""
         return sum(len(file.content) for file in self.files.values())
 
+    def room_bytes(self) -> int | None:
+        """Return how many more bytes fit; None for no limit."""
+        return None if self.capacity_bytes is None else max(0, self.capacity_bytes - self.used_bytes())
+
     def open(self, name: str) -> File:
         """Return the file, making it unless it is there."""
         file = self.files.get(name)
@@ -186,9 +190,7 @@ class Volume:
 
     def must_have_room(self, more_bytes: int) -> None:
         """Raise OSError ENOSPC when `more_bytes` do not fit."""
-        if self.capacity_bytes is None or more_bytes <= 0:
-            return
-        if self.used_bytes() + more_bytes > self.capacity_bytes:
+        if more_bytes > 0 and (room := self.room_bytes()) is not None and more_bytes > room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def copy(self) -> Volume:

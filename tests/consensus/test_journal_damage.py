@@ -33,7 +33,7 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 350)
 
 
-def write_log(disk: Disk, folder: Path) -> tuple[Journal, list[Recovered]]:
+def write_log(disk: Disk, folder: Path, word: bytes = b"command") -> tuple[Journal, list[Recovered]]:
     """Write a log of several segments; return it with every state that it was in."""
     journal, state = Journal.open(disk, folder)
     states = [state]
@@ -46,7 +46,7 @@ def write_log(disk: Disk, folder: Path) -> tuple[Journal, list[Recovered]]:
         states.append(Recovered(hard_state or now.hard_state, now.snapshot, (*kept, *entries)))
 
     for index in range(1, 14):
-        entry = Entry(1 + index // 6, index, Kind.COMMAND, b"command %d" % index * (index % 4))
+        entry = Entry(1 + index // 6, index, Kind.COMMAND, b"%s %d" % (word, index) * (index % 4))
         append(HardState(1 + index // 6, b"a", index - 1) if index % 3 == 0 else None, [entry])
     append(HardState(4, b"b", 9), [Entry(4, 12, Kind.CONFIGURATION, b"new")])
     snapshot = Snapshot(4, 1, voters)
@@ -76,12 +76,16 @@ def log_files(*, closed: bool) -> tuple[dict[str, bytes], list[Recovered]]:
     return files, states
 
 
-def opened(files: Files) -> Recovered | Code:
-    """Return what an opening finds, or how it refuses."""
+def disk_with(files: Files) -> SimulatedDisk:
     folders = frozenset(map(str, (FOLDER, *FOLDER.parents)))
-    disk = SimulatedDisk.restored(
+    return SimulatedDisk.restored(
         DiskSnapshot({str(FOLDER / name): data for name, data in files.items()}, folders)
     )
+
+
+def opened(files: Files) -> Recovered | Code:
+    """Return what an opening finds, or how it refuses."""
+    disk = disk_with(files)
     try:
         return Journal.open(disk, FOLDER)[1]
     except KnodeError as error:
@@ -158,18 +162,62 @@ def test_segments_that_are_swapped_or_repeated_are_refused() -> None:
                 assert opened({**files, one: files[other], other: files[one]}) is Code.HOME_DAMAGED
 
 
-def test_a_segment_of_another_log_is_refused() -> None:
+def test_a_segment_of_another_log_is_refused_however_like_it_is() -> None:
     files, _ = log_files(closed=True)
     disk = new_disk()
-    journal, _ = Journal.open(disk, FOLDER)
-    journal.append(HardState(1, b"another"), (), sync=True)
-    for index in range(1, 30):
-        journal.append(None, [Entry(1, index, Kind.COMMAND, b"another")], sync=True)
-    journal.close()
-    others = {Path(name).name: data for name, data in disk.snapshot().files.items()}
+    write_log(disk, FOLDER, b"another")[0].close()
+    for name, data in disk.snapshot().files.items():
+        assert len(data) == len(files[Path(name).name])
+        assert opened({**files, Path(name).name: data}) is Code.HOME_DAMAGED
     disk.close()
-    for name in set(files) & set(others):
-        assert opened({**files, name: others[name]}) is Code.HOME_DAMAGED, name
+
+
+def test_what_was_durable_before_a_crash_is_watched_over_from_the_opening_on() -> None:
+    files, states = log_files(closed=False)
+    last = max(files)
+    at = len(files[last]) - 20
+    torn = changed(files, last, at, bytes([files[last][at] ^ 1]))
+    assert opened(torn) == states[-2]
+    disk = disk_with(files)
+    assert Journal.open(disk, FOLDER)[1] == states[-1]
+    files = {Path(name).name: data for name, data in disk.snapshot().files.items()}
+    disk.close()
+    assert opened(changed(files, last, at, bytes([files[last][at] ^ 1]))) is Code.HOME_DAMAGED
+
+
+def test_what_a_killed_process_had_not_synced_is_durable_once_it_was_returned_even_on_a_full_disk() -> None:
+    for seed in range(20):
+        disk = new_disk()
+        journal, states = write_log(disk, FOLDER)
+        journal.append(None, [Entry(9, 18, Kind.COMMAND, b"unsynced")], sync=False)
+        left = disk.after_kill()
+        left.fill()
+        _, found = Journal.open(left, FOLDER)
+        assert found.entries[:-1] == states[-1].entries
+        crashed = left.crash(SimulatedRandomness(seed, "dice"))
+        assert Journal.open(crashed, FOLDER)[1] == found
+        for each in (disk, left, crashed):
+            each.close()
+
+
+def test_a_record_within_an_entry_is_no_record() -> None:
+    disk = new_disk()
+    journal, states = write_log(disk, FOLDER)
+    for index in range(18, 60):
+        journal.append(None, [Entry(5, index, Kind.COMMAND, b"x" * 20)], sync=True)
+    segments = [data for _, data in sorted(disk.snapshot().files.items())]
+    disk.close()
+    disk = new_disk()
+    journal, states = write_log(disk, FOLDER)
+    entry = Entry(9, 18, Kind.COMMAND, b"".join(segments))
+    journal.append(None, [entry], sync=False)
+    files = {Path(name).name: data for name, data in disk.snapshot().files.items()}
+    disk.close()
+    assert opened(files) == Recovered(
+        states[-1].hard_state, states[-1].snapshot, (*states[-1].entries, entry)
+    )
+    torn = {**files, max(files): files[max(files)][:-1]}
+    assert opened(torn) == states[-1]
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -276,6 +324,55 @@ def changes_on_a_disk_with(room: int) -> int:
         found.close()
     disk.close()
     return refusals
+
+
+def test_a_reset_is_refused_and_tried_again_after_a_compaction_that_did_not_fit() -> None:
+    refused = 0
+    for room in range(0, 400, 5):
+        disk = new_disk()
+        journal, states = write_log(disk, FOLDER)
+        disk.free(sum(map(len, disk.snapshot().files.values())) + room)
+        try:
+            journal.compact(Snapshot(10, 2))
+        except KnodeError:
+            refused += 1
+            disk.free(0)
+            with pytest.raises(KnodeError) as error:
+                journal.reset(Snapshot(100, 9), HardState(9))
+            assert error.value.code is Code.DISK_FULL
+            disk.free()
+            journal.append(HardState(6), (), sync=True)
+            expected = Recovered(HardState(6), states[-1].snapshot, states[-1].entries)
+            assert Journal.open(disk.after_kill(), FOLDER)[1] == expected
+            journal.reset(Snapshot(100, 9), HardState(9))
+            assert Journal.open(disk.after_kill(), FOLDER)[1] == Recovered(HardState(9), Snapshot(100, 9))
+        disk.close()
+    assert refused > 20
+
+
+def test_what_a_failed_write_left_never_comes_back_behind_a_later_record() -> None:
+    found: list[Recovered | Code] = []
+    for seed in range(20):
+        disk = new_disk()
+        journal, states = write_log(disk, FOLDER)
+        disk.free(sum(map(len, disk.snapshot().files.values())) + 150)
+        with pytest.raises(KnodeError):
+            journal.append(None, [Entry(9, 18, Kind.COMMAND, b"x" * 1000)], sync=True)
+        disk.free()
+        cuts: list[SimulatedDisk] = []
+        disk.watch(
+            lambda _, disk=disk, cuts=cuts, seed=seed: cuts.append(
+                disk.crash(SimulatedRandomness(seed, f"cut {len(cuts)}"))
+            )
+        )
+        journal.compact(Snapshot(10, 2))
+        for cut in cuts:
+            found.append(opened({Path(name).name: data for name, data in cut.snapshot().files.items()}))
+            cut.close()
+        disk.close()
+    compacted = Recovered(states[-1].hard_state, Snapshot(10, 2), states[-1].entries[6:])
+    assert [state for state in found if state not in (states[-1], compacted)] == []
+    assert {state == compacted for state in found} == {True, False}
 
 
 @pytest.mark.parametrize("format", sorted(path.name for path in FORMATS.iterdir()))
