@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from msgspec import Struct
 
@@ -29,6 +30,22 @@ class Incarnation(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     hash: bytes
 
 
+class Verdict(StrEnum):
+    """What becomes of a replica, by the incarnation of its log."""
+
+    IN_FORCE = "in force"
+    """It takes part."""
+    SURVIVES = "survives"
+    """The incarnation in force was begun with what it has: it goes on as its only voter."""
+    OVER = "over"
+    """The ledger went on without it: what it has is void."""
+    NOT_ACKNOWLEDGED = "not acknowledged"
+    """Its incarnation was begun on the one in force, by a key that does not count (any more). What it has
+    may be all that there is, so it stands still until the owner keeps its incarnation or begins another."""
+    CONTESTED = "contested"
+    """There are rivals: it stands still until the owner keeps one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Incarnations:
     """What a roster's statements say of the cell's ledger."""
@@ -43,6 +60,29 @@ class Incarnations:
     """Every statement that is kept, by its id, whether it counts or not."""
     kept: frozenset[bytes]
     """Ids of the statements that may ever count."""
+
+    def judge(self, incarnation: Incarnation, replica: bytes) -> Verdict:
+        """Say what becomes of this replica, whose log is of `incarnation`."""
+        if self.rivals:
+            return Verdict.CONTESTED
+        if incarnation == self.present:
+            return Verdict.IN_FORCE
+        if self.begun is not None and (self.begun.replica, self.begun.predecessor) == (
+            replica,
+            incarnation.hash,
+        ):
+            return Verdict.SURVIVES
+        return Verdict.NOT_ACKNOWLEDGED if self._was_begun_on_present(incarnation) else Verdict.OVER
+
+    def _was_begun_on_present(self, incarnation: Incarnation) -> bool:
+        """Tell whether it descends from the one in force; one that nobody knows of any more may."""
+        at = incarnation
+        while at.number > self.present.number:
+            begun = self.known.get(at.hash)
+            if begun is None:
+                return True
+            at = Incarnation(begun.number - 1, begun.predecessor)
+        return at == self.present
 
 
 def incarnations_of(
