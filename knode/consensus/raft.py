@@ -140,6 +140,11 @@ class Raft:
         return self._log.last_index
 
     @property
+    def last_term(self) -> Term:
+        """Term of the entry at `last_index`."""
+        return self._log.last_term
+
+    @property
     def configuration(self) -> Configuration:
         """The configuration in force: the latest in the log, committed or not."""
         return self._log.configuration

@@ -7,16 +7,16 @@ Every member has a replica. Until the leader's configuration names it, it is sil
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from knode.consensus.backlog import Backlog
-from knode.consensus.configuration import everyone, founded
+from knode.consensus.configuration import everyone
 from knode.consensus.driver import AGAIN_S, Driver, not_leader
 from knode.consensus.envelope import (
     REFUSED_TOPIC,
@@ -32,11 +32,10 @@ from knode.consensus.envelope import (
     readables,
     refusals,
 )
-from knode.consensus.installation import DISK_TAKES_NOTHING, Installation
-from knode.consensus.journal import Journal
+from knode.consensus.holdings import Holdings
+from knode.consensus.installation import DISK_TAKES_NOTHING
 from knode.consensus.messages import Configuration, Entry, Index, InstallSnapshot, Message, ReplicaId, Term
 from knode.consensus.raft import Raft
-from knode.consensus.ready import Recovered
 from knode.consensus.settings import Settings
 from knode.consensus.standing import Standing
 from knode.consensus.state_machine import StateMachine
@@ -47,6 +46,7 @@ from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
 from knode.klp.codec import encode
 from knode.klp.messages import Context
+from knode.mesh.incarnations import Verdict
 from knode.mesh.liveness import PeerState
 from knode.mesh.member_log import MemberLog
 from knode.mesh.membership import Membership
@@ -63,6 +63,20 @@ HAND_OVER_S = 1.0
 ASK_AGAIN_S = 0.2
 LOOK_AGAIN_S = 2.0
 ANSWER_S = 5.0
+_WHY_NOT = {
+    Verdict.OVER: (
+        "the cell's ledger was begun anew, and this node has not got it yet",
+        "'knode status' shows who has: it must be here",
+    ),
+    Verdict.CONTESTED: (
+        "the cell's ledger was begun anew twice, by people who did not know of each other: both stand still",
+        "name the one to keep: 'knode member recover --keep LEDGER'; 'knode status' shows them",
+    ),
+    Verdict.NOT_ACKNOWLEDGED: (
+        "this node's ledger was begun anew by a former owner of the cell, and stands still",
+        "name it, to go on with it: 'knode member recover --keep LEDGER'; 'knode status' shows it",
+    ),
+}
 
 OnApplied = Callable[[Sequence[Entry], Sequence[Any]], None]
 
@@ -107,18 +121,28 @@ class Replica:
         self._peers = peers
         self._database = database
         self._state_machine = state_machine
-        self._folder = folder
+        self._holdings = Holdings(world, folder, state_machine)
         self._log = log
         self._member_log = MemberLog(world.clock, log)
         self._settings = settings or Settings()
         self._life: _Life | None = None
         self._unrecorded: deque[Envelope | Refused] = deque()
         self._record_work = trio.Event()
-        self._in_cell = trio.Event()
         self._told_leader: bytes | None = None
         """Raw id of the member that leads, as another member said."""
         self._told_refusal: dict[ReplicaId, float] = {}
-        membership.changed.append(lambda _: self._in_cell.set())
+        self._scope = trio.CancelScope()
+        self._ended_life = trio.Event()
+        self._news = trio.Event()
+        """Set, and replaced, when there may be something to do for a replica that takes no part."""
+        self._considered = trio.Event()
+        """Set, and replaced, when it was seen whether this replica may take part."""
+        self._suspensions = 0
+        self._may_renew = False
+        self._stopped_for_now = False
+        self._halted = False
+        """Until the next start: there is an entry that this version does not know."""
+        membership.changed.append(lambda _: self._follow_roster())
         peers.on_event(TOPIC, self._take)
         peers.on_event(REFUSED_TOPIC, self._take_refusal)
         peers.on_lost.append(self._lose)
@@ -272,35 +296,123 @@ class Replica:
             KnodeError: HOME_DAMAGED in a cell of one member, which nobody else could bring back;
                 HOME_TOO_NEW.
         """
-        if self._membership.in_cell:
-            await self._open_if_disk_takes_it()
+        if not self._membership.in_cell:
+            return
+        try:
+            await self._open()
+        except KnodeError as error:
+            if error.code not in (*DISK_TAKES_NOTHING, Code.UNAVAILABLE):
+                raise
+            self._stop_for_now(error)
+        standing = self.standing
+        if standing is not None and standing.unfit is not None and len(self._membership.roster.members) == 1:
+            raise _unfit(standing.unfit)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take part until cancelled; wait for the cell when there is none yet."""
+        """Take part until cancelled, as long and as often as this node may.
+
+        It begins when the node is in a cell, stops when it must not count any more, and begins again when it
+        has been renewed, or when the cell's owner has said which ledger counts.
+        """
         task_status.started()
-        while not self._membership.in_cell:
-            self._in_cell = trio.Event()
-            await self._in_cell.wait()
-        while self._life is None and (self.standing is None or self.standing.unfit is None):
-            if not await self._open_if_disk_takes_it():
-                await trio.sleep(AGAIN_S)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_asking)
-            if self._life is not None:
-                await self._live(self._life)
+            await self._live_again_and_again()
+
+    async def _live_again_and_again(self) -> None:
+        while True:
+            news = self._news
+            try:
+                if self._life is None and self._membership.in_cell:
+                    await self._consider()
+                if self._life is not None:
+                    await self._live(self._life)
+                    continue
+            except KnodeError as error:
+                self._stop_for_now(error)
+            with trio.move_on_after(AGAIN_S if self._stopped_for_now else float("inf")):
+                await news.wait()
+
+    async def _consider(self) -> None:
+        try:
+            await self._open()
+        finally:
+            self._considered.set()
+            self._considered = trio.Event()
 
     async def _live(self, life: _Life) -> None:
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(life.transfers.run)
-                nursery.start_soon(self._record)
-                try:
-                    await life.driver.run()
-                except KnodeError as error:
-                    await self._stop(life.standing, error)
-                nursery.cancel_scope.cancel()
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(life.transfers.run)
+                    nursery.start_soon(self._record)
+                    try:
+                        await life.driver.run()
+                    except KnodeError as error:
+                        await self._stop(life.standing, error)
+                    nursery.cancel_scope.cancel()
         finally:
             self._life = None
+            self._unrecorded.clear()
+            self._ended_life.set()
+
+    @asynccontextmanager
+    async def suspended(self) -> AsyncIterator[tuple[Term, Index]]:
+        """Take no part inside; gives term and index of the last entry that is durable here.
+
+        Returns once this replica takes part again, or may not any more.
+
+        Raises:
+            KnodeError: UNAVAILABLE when this replica takes no part anyway; HOME_DAMAGED and the like.
+        """
+        standing = self._working().standing
+        self._suspensions += 1
+        try:
+            self._ended_life = trio.Event()
+            self._scope.cancel()
+            await self._ended_life.wait()
+            yield await self._holdings.end(standing)
+        finally:
+            self._suspensions -= 1
+            considered = self._considered
+            self._tell_news()
+            await considered.wait()
+
+    @property
+    def must_be_renewed(self) -> bool:
+        """Whether this replica can take part only as another one, which begins with nothing."""
+        standing = self.standing
+        if standing is None or not self._membership.in_cell:
+            return False
+        match self._verdict(standing):
+            case Verdict.OVER:
+                return True
+            case Verdict.IN_FORCE | Verdict.SURVIVES:
+                return standing.unfit is not None
+            case Verdict.CONTESTED | Verdict.NOT_ACKNOWLEDGED:
+                return False
+
+    def renew(self) -> None:
+        """Let go of log and ledger and begin with nothing, under another id, if this replica must be renewed.
+
+        Whoever asks for it knows that the ledger is held elsewhere.
+        """
+        if self.must_be_renewed and not self._may_renew:
+            self._may_renew = True
+            self._tell_news()
+
+    def _verdict(self, standing: Standing) -> Verdict:
+        return self._membership.roster.incarnations.judge(standing.incarnation, standing.replica_id)
+
+    def _follow_roster(self) -> None:
+        """Stop when another incarnation is in force, or none; see what is to be done when it has changed."""
+        if self._life is not None and self._verdict(self._life.standing) is not Verdict.IN_FORCE:
+            self._scope.cancel()
+        self._tell_news()
+
+    def _tell_news(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
 
     async def aclose(self) -> None:
         """Close the log of a replica that was opened and never run."""
@@ -309,78 +421,70 @@ class Replica:
             with trio.CancelScope(shield=True):
                 await life.driver.aclose()
 
-    async def _open_if_disk_takes_it(self) -> bool:
-        try:
-            await self._open()
-        except KnodeError as error:
-            if error.code not in (*DISK_TAKES_NOTHING, Code.UNAVAILABLE):
-                raise
-            if self.stopped is None:
-                self._log.warning("this node cannot take part in the consensus yet", why=str(error))
-            self.stopped = error
-            return False
-        return True
-
     async def _open(self) -> None:
-        roster, own = self._membership.roster, self._membership.own
-        self.standing = standing = await Standing.open(
-            self._world,
-            self._database,
-            member=own.id.raw,
-            boot=self._peers.boot,
-            incarnation=roster.incarnations.present,
-            founds=roster.is_founder(own),
-        )
+        """Begin to take part, if this node may; else `stopped` says why not."""
+        roster = self._membership.roster
+        own = roster.holders.get(self._membership.key.public.raw)
+        if own is None:
+            self.stopped = KnodeError(Code.KEY_REVOKED, "this node is no member of its cell any more")
+            return
+        present = roster.incarnations.present
+        if self.standing is None:
+            self.standing = await Standing.open(
+                self._world,
+                self._database,
+                member=own.id.raw,
+                boot=self._peers.boot,
+                incarnation=present,
+                founds=roster.is_founder(own) and present.number == 0,
+            )
+        if self._suspensions or self._halted:
+            return
+        standing = self.standing
+        if self._may_renew and self.must_be_renewed:
+            await self._holdings.remove()
+            await standing.replace(present)
+            self._log.info("this node's replica begins anew", replica=standing.replica_id.hex())
+        self._may_renew = self._stopped_for_now = False
+        verdict = self._verdict(standing)
         if standing.unfit is not None:
             self.stopped = _unfit(standing.unfit)
-            if len(roster.members) == 1:
-                raise self.stopped
-            return
+        elif verdict in _WHY_NOT:
+            self.stopped = KnodeError(Code.UNAVAILABLE, *_WHY_NOT[verdict])
+        else:
+            await self._try_to_begin(standing, verdict)
+
+    async def _try_to_begin(self, standing: Standing, verdict: Verdict) -> None:
+        incarnations = self._membership.roster.incarnations
         try:
+            if verdict is Verdict.SURVIVES:
+                assert incarnations.begun is not None
+                await self._holdings.survive(standing, incarnations.present, incarnations.begun)
             self._life = await self._begin(standing)
         except KnodeError as error:
             if error.code is not Code.HOME_DAMAGED:
                 raise
             await self._stop(standing, error)
-            if len(roster.members) == 1:
-                raise _unfit(error.message) from error
         else:
             self.stopped = None
+            self._scope = trio.CancelScope()
+            # The roster may have changed meanwhile.
+            self._follow_roster()
 
     async def _begin(self, standing: Standing) -> _Life:
-        world, run, disk = self._world, self._world.blocking.run, self._world.disk
-        log_folder, files = self._folder / "log", self._folder / "snapshots"
-        if standing.begun and not await run(partial(disk.list_folder, log_folder)):
-            raise KnodeError(Code.HOME_DAMAGED, f"the cell's log in {log_folder} is gone")
-        await run(partial(disk.make_folder, files))
-        journal, recovered = await run(partial(Journal.open, disk, log_folder))
-        try:
-            installation = Installation(world, files, self._state_machine, journal)
-            recovered = await installation.settle(recovered)
-            if standing.founds and not standing.begun and recovered == Recovered():
-                recovered = founded(Configuration(voters=(standing.replica_id,)))
-                write = partial(journal.append, recovered.hard_state, recovered.entries, sync=True)
-                await run(write)
-            applied = self._state_machine.applied
-            if not recovered.snapshot.index <= applied <= recovered.snapshot.index + len(recovered.entries):
-                why = f"the ledger, at {applied}, and the log do not belong together"
-                raise KnodeError(Code.HOME_DAMAGED, why)
-            await standing.begin()
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await run(journal.close)
-            raise
+        journal, installation, recovered = await self._holdings.open(standing)
+        applied = self._state_machine.applied
         backlog = Backlog(recovered.snapshot.index)
         backlog.extend(entry for entry in recovered.entries if entry.index <= applied)
         raft = Raft(
             standing.replica_id,
             recovered,
             applied=applied,
-            choose=lambda count: min(count - 1, int(world.randomness.uniform(0, count))),
+            choose=lambda count: min(count - 1, int(self._world.randomness.uniform(0, count))),
             settings=self._settings,
         )
         driver = Driver(
-            world,
+            self._world,
             raft,
             journal,
             self._state_machine,
@@ -391,15 +495,29 @@ class Replica:
         )
         driver.on_applied.append(self._tell_applied)
         driver.on_leader.append(self._tell_leader)
-        transfers = Transfers(world, files, driver, self._log, peer_of=self._peer_of, envelope=self._envelope)
+        transfers = Transfers(
+            self._world,
+            self._holdings.files,
+            driver,
+            self._log,
+            peer_of=self._peer_of,
+            envelope=self._envelope,
+        )
         return _Life(standing, driver, transfers)
+
+    def _stop_for_now(self, error: KnodeError) -> None:
+        """Take no part until the disk takes more; it is asked again."""
+        if self.stopped is None:
+            self._log.error("this node takes no part in the consensus of its cell", why=str(error))
+        self.stopped, self._stopped_for_now = error, True
 
     async def _stop(self, standing: Standing, error: KnodeError) -> None:
         """Take part no more: for good when the disk has lost what this replica promised."""
         self.stopped = error
         self._life = None
         self._log.error("this node takes no part in the consensus of its cell", why=str(error))
-        if error.code is not Code.HOME_DAMAGED or standing.unfit is not None:
+        self._halted = error.code is not Code.HOME_DAMAGED
+        if self._halted or standing.unfit is not None:
             return
         self.stopped = _unfit(error.message)
         try:
@@ -592,7 +710,7 @@ class Replica:
     async def _keep_asking(self) -> None:
         """Know who leads while no configuration names this replica."""
         while True:
-            if not self.is_named:
+            if self._membership.in_cell and not self.is_named:
                 await self._ask_for_leader()
             await trio.sleep(LOOK_AGAIN_S)
 

@@ -39,6 +39,14 @@ class StateMachine(Protocol):
         at one moment."""
         ...
 
+    async def clear(self) -> None:
+        """Forget everything, durably and at once, as if nothing had ever been applied.
+
+        Raises:
+            KnodeError: DISK_FULL and the like; then nothing has changed.
+        """
+        ...
+
     async def restore(self, path: Path) -> Index:
         """Replace the whole state by that of a file that `dump` wrote, durably and at once; return its
         index.

@@ -447,6 +447,14 @@ class Membership:
                 "give the one that 'knode init' showed when the cell was founded",
             )
 
+    def check_last_word(self, recovery: KeyPair | None) -> None:
+        """Check that this node may begin an incarnation, with this recovery key or, None, the owner's key.
+
+        Raises:
+            KnodeError: NOT_ALLOWED.
+        """
+        self._last_word("begin its ledger anew", recovery)
+
     @property
     def owns_cell(self) -> bool:
         """Whether this node holds the owner's key."""

@@ -146,8 +146,7 @@ def read_dump(connection: apsw.Connection, disk: Disk, path: Path) -> None:
         KnodeError: BAD_FRAME for a file that is no whole dump, HOME_TOO_NEW for one of a newer knode; the
             caller rolls back.
     """
-    for table in ("task", "asked", "result", "incarnation", "operation"):
-        connection.execute(f"DELETE FROM {table}")
+    _clear(connection)
     records = _read(disk, path)
     first = next(records, None)
     if not isinstance(first, Begin):
@@ -161,6 +160,18 @@ def read_dump(connection: apsw.Connection, disk: Disk, path: Path) -> None:
     except (apsw.ConstraintError, KeyError) as error:
         raise _damaged(f"records that do not fit together: {error}") from error
     connection.execute(SAVE_TOTALS, astuple(first.totals))
+
+
+def read_nothing(connection: apsw.Connection) -> None:
+    """Replace all rows by those of a new ledger, within the transaction of the caller."""
+    _clear(connection)
+    connection.execute("INSERT INTO incarnation (number, hash, first_operation) VALUES (-1, zeroblob(32), 1)")
+    connection.execute(SAVE_TOTALS, astuple(Totals()))
+
+
+def _clear(connection: apsw.Connection) -> None:
+    for table in ("task", "asked", "result", "incarnation", "operation"):
+        connection.execute(f"DELETE FROM {table}")
 
 
 def _read(disk: Disk, path: Path) -> Iterator[Record]:

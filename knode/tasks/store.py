@@ -44,8 +44,8 @@ class LedgerStore:
         self._database = database
         self._held = held
         self.on_change: list[Callable[[Sequence[Change]], None]] = []
-        """Called after each batch with what it changed, in order; must not raise. After `restore`: with
-        the tasks that had not ended before or have not ended now."""
+        """Called after each batch with what it changed, in order; must not raise. After `restore` and
+        `clear`: with the tasks that had not ended before or have not ended now."""
 
     @classmethod
     async def open(cls, world: World, path: Path) -> LedgerStore:
@@ -218,8 +218,19 @@ class LedgerStore:
                 the like: nothing has changed.
         """
 
+        await self._replace(lambda connection: dump.read_dump(connection, self._world.disk, path))
+        return await self.sync()
+
+    async def clear(self) -> None:
+        """Forget everything, durably, as if nothing had ever been applied. Raises as `apply`."""
+        await self._replace(dump.read_nothing)
+        await self.sync()
+
+    async def _replace(self, write: Callable[[apsw.Connection], None]) -> None:
+        """Replace all rows, and tell what became of the tasks that had not ended."""
+
         def take(connection: apsw.Connection) -> Held:
-            dump.read_dump(connection, self._world.disk, path)
+            write(connection)
             return Held.load(connection)
 
         before, self._held = self._held, await self._database.write(take)
@@ -229,7 +240,6 @@ class LedgerStore:
                 for id in dict.fromkeys((*before.live, *self._held.live))
             ]
         )
-        return await self.sync()
 
     def _tell(self, changes: Sequence[Change]) -> None:
         if changes:

@@ -86,6 +86,10 @@ class ListMachine:
         await self._world.blocking.run(partial(write, state))
         return state.applied
 
+    async def clear(self) -> None:
+        self._state = _State(0, [])
+        await self.sync()
+
     async def restore(self, path: Path) -> Index:
         read = partial(self._world.disk.read, path, limit_bytes=MAX_BYTES)
         self._state = _decoder.decode(await self._world.blocking.run(read))
@@ -195,9 +199,9 @@ class ReplicaCell:
         await until(lambda: raft.configuration == target and raft.applied == raft.last_index)
         await self.until_equal()
 
-    async def join(self) -> ReplicaNode:
+    async def join(self, name: str | None = None) -> ReplicaNode:
         """Add a member that no configuration names."""
-        node = await self._make(f"node{len(self.nodes)}")
+        node = await self._make(name or f"node{len(self.nodes)}")
         await node.start(self._nursery)
         await node.join(await self.nodes[0].invite())
         self.nodes.append(node)

@@ -166,6 +166,25 @@ async def test_a_dump_restored_elsewhere_is_the_same_ledger() -> None:
     disk.close()
 
 
+async def test_a_cleared_ledger_is_a_new_one_also_after_a_restart() -> None:
+    disk = SimulatedDisk()
+    async with cell(disk) as c, cell() as fresh:
+        await some_tasks(c)
+        heard: list[Change] = []
+        c.store.on_change.append(heard.extend)
+        before = dict(c.store.live)
+        assert before
+        await c.store.clear()
+        assert (c.store.totals, c.store.live) == (fresh.store.totals, {})
+        assert {change.id for change in heard} == set(before)
+        await c.store.dump(DUMP)
+        await fresh.store.dump(DUMP)
+        assert disk.read(DUMP, limit_bytes=2**20) == fresh.world.disk.read(DUMP, limit_bytes=2**20)
+    async with cell(SimulatedDisk.restored(disk.snapshot())) as again:
+        assert again.store.applied == 0
+        assert await again.store.list(10) == []
+
+
 async def test_a_dump_that_is_damaged_anywhere_changes_nothing() -> None:
     async with cell() as c:
         await some_tasks(c)
