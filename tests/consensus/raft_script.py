@@ -29,6 +29,7 @@ ticks are enough to end every lease.
     lose a->b append                    those that wait are lost
     heal                                no partition, no loss; what waits arrives, in order
     forge a->b vote-reply term=2 granted    b gets a message that a never sent
+    forge a->b append term=2 previous=1 previous-term=1 entries=2:"x",2:"y"
     stall a                             a's disk stops: nothing becomes durable
     sync a                              it works again
     crash a [before-send]               what is not durable is lost; or it became durable, and nothing is sent
@@ -61,6 +62,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 from raft_replica import Log, Replica, Sent
 
 from knode.consensus.messages import (
@@ -166,7 +168,7 @@ class Pattern:
         for word in words:
             name, equals, value = word.partition("=")
             assert equals or name in FLAGS, f"a message is never {word!r}"
-            wanted.append((name, int(value) if equals else True))
+            wanted.append((name, read_value(value) if equals else True))
         return cls(source, target, kind, tuple(wanted))
 
     def matches(self, message: Message) -> bool:
@@ -186,6 +188,14 @@ class Pattern:
             elif fields[name] != value:
                 return False
         return True
+
+
+def read_value(text: str) -> Any:
+    """Read a number, or the entries of a forged append: `2:"x",2:"y"`."""
+    if text.isdigit():
+        return int(text)
+    parts = [part.partition(":") for part in text.split(",")]
+    return tuple(Entry(int(term), 0, Kind.COMMAND, data.strip('"').encode()) for term, _, data in parts)
 
 
 def entry_text(entry: Entry) -> str:
@@ -419,6 +429,10 @@ class Stage:
         if "entries" in fields:
             fields["entries"] = ()
         fields |= {longer.get(name, name): value for name, value in pattern.wanted if name != "refused"}
+        if "entries" in fields:
+            first = fields["previous_index"] + 1
+            numbered = [replace(entry, index=first + at) for at, entry in enumerate(fields["entries"])]
+            fields["entries"] = tuple(numbered)
         self.flying.append(Sent(pattern.kind(**fields)))
 
     def do_stall(self, rest: str) -> None:
