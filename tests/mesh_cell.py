@@ -33,7 +33,7 @@ from knode.storage import Database
 from knode.transport import Carrier
 from knode.transport.address import is_host_and_port
 from knode.transport.memory import MemoryNetwork
-from knode.world import Disk, Monotonic, WallTime, World
+from knode.world import Blocking, Disk, Monotonic, WallTime, World
 from knode.world.real import RealDisk
 
 __all__ = ["Cell", "MeshNode", "RecordingLog", "Stranger", "refused", "until"]
@@ -127,10 +127,11 @@ class MeshNode:
     ) -> None:
         self.name = name
         self.disk = disk or RealDisk()
+        self.blocking: Blocking = InlineBlocking()
         self.key = key or key_of(name)
         self.owner_key: KeyPair | None = None
         self.clock = MovableClock()
-        self.world = World(self.clock, SeededRandomness(name), self.disk, InlineBlocking())
+        self.world = World(self.clock, SeededRandomness(name), self.disk, self.blocking)
         self.log = RecordingLog()
         self.host = host
         self.file = folder / f"{name}.db"
@@ -175,7 +176,7 @@ class MeshNode:
         self._starts += 1
         self._scope, self._down = trio.CancelScope(), trio.Event()
         self.world = World(
-            self.clock, SeededRandomness(f"{self.name} {self._starts}"), self.disk, InlineBlocking()
+            self.clock, SeededRandomness(f"{self.name} {self._starts}"), self.disk, self.blocking
         )
         await self.open()
         self.methods = Methods()

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import msgspec
+from collections.abc import Callable
+from typing import TypeVar
+
 import pytest
 import trio
 from mesh_cell import key_of, refused
 from replica_cell import FILES, LOG, ReplicaCell, replicas, short_log, until
 from trio.testing import MockClock
 
-from knode.consensus.driver import INBOX_MESSAGES
-from knode.consensus.envelope import TOPIC, Offer
-from knode.consensus.messages import Configuration, HeartbeatReply, InstallSnapshot, Snapshot, Vote
-from knode.consensus.transfer import MAX_STATE_BYTES
+from knode.consensus.messages import (
+    MAX_COMMAND_BYTES,
+)
 from knode.errors import Code, KnodeError
-from knode.klp.codec import encode
-from knode.klp.messages import Context
-from knode.simulation.disk import SimulatedDisk
+from knode.simulation.volume import Event
 from knode.world import Monotonic
 
 __all__ = ["replicas", "short_log"]
+
+T = TypeVar("T")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -289,110 +290,6 @@ async def test_a_rotated_key_still_speaks_for_its_replica(
     assert follower.commands == ["meanwhile"]
 
 
-async def test_who_speaks_for_another_members_replica_loses_its_session(
-    autojump_clock: MockClock, replicas: ReplicaCell
-) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    forger, victim = (node for node in nodes if node is not leader)
-    term = leader.replica.term
-    vote = Vote(term + 5, victim.replica_id, leader.replica_id, 1000, term + 4, True)
-    forger.speak(leader, vote)
-    await until(lambda: leader.peers.refusals.get(Code.NOT_ALLOWED) == 1)
-    await replicas.connected()
-    assert leader.replica.term == term
-    assert replicas.leads(leader)
-
-
-@pytest.mark.parametrize("body", [b"", b"\x93garbage", b"\xc1" * 1000, encode([b"x" * 200_000])])
-async def test_garbage_ends_the_session_that_brought_it(
-    autojump_clock: MockClock, replicas: ReplicaCell, body: bytes
-) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
-    follower.peer(leader).send_event(TOPIC, body, Context())
-    await until(lambda: leader.peers.refusals.get(Code.BAD_FRAME) == 1)
-    await replicas.connected()
-    assert replicas.leads(leader)
-
-
-async def test_what_is_of_another_incarnation_or_for_another_replica_is_dropped(
-    autojump_clock: MockClock, replicas: ReplicaCell
-) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
-    term = leader.replica.term
-    vote = Vote(term + 5, follower.replica_id, leader.replica_id, 1000, term + 4, True)
-    follower.speak(leader, vote, incarnation=bytes(32))
-    gone = leader.replica_id[:32] + bytes(8)
-    follower.speak(leader, Vote(term + 5, follower.replica_id, gone, 1000, term + 4, True))
-    await until(lambda: leader.replica.dropped.total() == 2)
-    assert leader.replica.dropped == {"another incarnation": 1, "another replica": 1}
-    assert leader.replica.term == term
-    assert replicas.leads(leader)
-
-
-async def test_a_state_that_is_not_what_was_announced_changes_nothing(
-    autojump_clock: MockClock, replicas: ReplicaCell
-) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    await leader.propose("one")
-    await replicas.until_equal()
-    follower = next(node for node in nodes if node is not leader)
-    snapshot = Snapshot(1000, leader.replica.term, Configuration((leader.replica_id,)))
-    message = InstallSnapshot(leader.replica.term, leader.replica_id, follower.replica_id, snapshot)
-    wrong_hash = Offer(leader.envelope(message), 5, bytes(32))
-    await refused(Code.INVALID_ARGUMENT, leader.offer, follower, wrong_hash, b"12345")
-    too_large = Offer(leader.envelope(message), MAX_STATE_BYTES + 1, bytes(32))
-    await refused(Code.TOO_LARGE, leader.offer, follower, too_large, b"")
-    forged = msgspec.structs.replace(message, source=nodes[2].replica_id, target=leader.replica_id)
-    await refused(
-        Code.NOT_ALLOWED, nodes[1].offer, nodes[0], Offer(nodes[1].envelope(forged), 0, bytes(32)), b""
-    )
-    assert follower.disk.list_folder(FILES) == []
-    assert await leader.propose("two") == 2
-
-
-async def test_a_flood_is_dropped_and_counted_and_the_cell_goes_on(
-    autojump_clock: MockClock, replicas: ReplicaCell
-) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
-    driver = leader.driver
-    beat = HeartbeatReply(leader.replica.term, follower.replica_id, leader.replica_id, 0)
-    for _ in range(2 * INBOX_MESSAGES):
-        driver.receive(beat, 100)
-    assert driver.dropped >= INBOX_MESSAGES
-    await leader.propose("one")
-    await replicas.until_equal()
-
-
-async def test_a_restored_copy_is_refused_and_never_counted_again(
-    autojump_clock: MockClock, replicas: ReplicaCell
-) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
-    copy = follower.disk.snapshot()
-    await replicas.kill(follower)
-    await replicas.restart(follower)
-    await leader.propose("one")
-    await replicas.until_equal()
-    await replicas.kill(follower)
-    follower.disk = SimulatedDisk.restored(copy)
-    await replicas.restart(follower)
-    await until(lambda: follower.replica.standing is not None and follower.replica.standing.unfit is not None)
-    assert "old copy" in str(follower.replica.trouble)
-    await leader.propose("two")
-    await trio.sleep(5)
-    assert replicas.leads(leader)
-    assert follower.commands == []
-
-
 async def test_a_log_that_is_gone_or_damaged_makes_the_replica_unfit_and_the_node_goes_on(
     autojump_clock: MockClock,
     replicas: ReplicaCell,
@@ -442,3 +339,96 @@ async def test_a_commit_takes_few_turns_of_the_loop(autojump_clock: MockClock, r
     await leader.propose("one")
     trio.lowlevel.remove_instrument(counter)
     assert turns <= 40, "some twenty, of all three nodes, and what else they happen to do"
+
+
+class SlowDisk:
+    """Blocking work that takes ten milliseconds."""
+
+    async def run(self, work: Callable[[], T]) -> T:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(0.01)
+        return work()
+
+
+async def test_what_comes_while_the_disk_works_shares_the_next_sync(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    [node] = await replicas.grow(1)
+    await replicas.kill(node)
+    node.blocking = SlowDisk()
+    await replicas.restart(node)
+    await replicas.leader()
+    syncs = 0
+
+    def count(event: Event) -> None:
+        nonlocal syncs
+        syncs += event == "sync"
+
+    node.disk.watch(count)
+    begun = trio.current_time()
+
+    async def propose_some(name: int) -> None:
+        for number in range(5):
+            await node.propose(f"{name} {number}")
+
+    async with trio.open_nursery() as nursery:
+        for name in range(100):
+            nursery.start_soon(propose_some, name)
+    assert len(node.commands) == 500
+    assert syncs <= 10
+    assert trio.current_time() - begun < 0.2
+    assert max(node.machine.batches) >= 50
+
+
+async def test_the_largest_command_is_committed_and_a_larger_one_refused(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    await replicas.grow(3)
+    leader = await replicas.leader()
+    await leader.propose("x" * MAX_COMMAND_BYTES)
+    await replicas.until_equal()
+    await refused(Code.TOO_LARGE, leader.propose, "x" * (MAX_COMMAND_BYTES + 1))
+    assert not leader.replica.dropped
+
+
+@pytest.mark.parametrize("of_leader", [True, False])
+async def test_a_failed_sync_ends_a_replica_for_good_and_its_node_goes_on(
+    autojump_clock: MockClock, replicas: ReplicaCell, of_leader: bool
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    broken = leader if of_leader else next(node for node in nodes if node is not leader)
+    await leader.propose("before")
+    broken.disk.fail_sync("*/raft/log/*")
+    if of_leader:
+        await refused(Code.UNKNOWN, leader.propose, "perhaps")
+        await refused(Code.UNAVAILABLE, leader.propose, "no")
+        leader = await replicas.leader(but=broken)
+    await leader.propose("after")
+    await until(lambda: broken.replica.standing is not None and broken.replica.standing.unfit is not None)
+    broken.disk.mend_sync()
+    await replicas.kill(broken)
+    await replicas.restart(broken)
+    await replicas.connected()
+    await trio.sleep(5)
+    assert broken.replica.raft is None
+    assert broken.commands in (["before"], [])
+    assert await leader.ask(broken, "test.echo", "here") == "here"
+
+
+async def test_a_leader_that_steps_down_in_the_midst_of_sending_a_state_stops(
+    autojump_clock: MockClock, replicas: ReplicaCell, short_log: None
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    behind, other = (node for node in nodes if node is not leader)
+    await replicas.kill(behind)
+    for number in range(60):
+        await leader.propose(f"{number}")
+    await replicas.restart(behind)
+    await until(lambda: "sending the ledger" in leader.log.events("info"))
+    leader.replica.transfer(other.replica_id)
+    await replicas.leader(but=leader)
+    await replicas.until_equal()
+    await trio.sleep(2)
+    assert [node.disk.list_folder(FILES) for node in nodes] == [[], [], []]

@@ -1,0 +1,125 @@
+"""What no honest replica says, and what too much is, to replicas of real nodes."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import trio
+from mesh_cell import refused
+from replica_cell import FILES, ReplicaCell, replicas, until
+from trio.testing import MockClock
+
+from knode.consensus.driver import INBOX_MESSAGES
+from knode.consensus.envelope import TOPIC, Offer
+from knode.consensus.messages import Configuration, HeartbeatReply, InstallSnapshot, Snapshot, Vote
+from knode.consensus.transfer import MAX_STATE_BYTES
+from knode.errors import Code
+from knode.klp.codec import encode
+from knode.klp.messages import Context
+from knode.simulation.disk import SimulatedDisk
+
+__all__ = ["replicas"]
+
+
+async def test_who_speaks_for_another_members_replica_loses_its_session(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    forger, victim = (node for node in nodes if node is not leader)
+    term = leader.replica.term
+    vote = Vote(term + 5, victim.replica_id, leader.replica_id, 1000, term + 4, True)
+    forger.speak(leader, vote)
+    await until(lambda: leader.peers.refusals.get(Code.NOT_ALLOWED) == 1)
+    await replicas.connected()
+    assert leader.replica.term == term
+    assert replicas.leads(leader)
+
+
+@pytest.mark.parametrize("body", [b"", b"\x93garbage", b"\xc1" * 1000, encode([b"x" * 200_000])])
+async def test_garbage_ends_the_session_that_brought_it(
+    autojump_clock: MockClock, replicas: ReplicaCell, body: bytes
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    follower = next(node for node in nodes if node is not leader)
+    follower.peer(leader).send_event(TOPIC, body, Context())
+    await until(lambda: leader.peers.refusals.get(Code.BAD_FRAME) == 1)
+    await replicas.connected()
+    assert replicas.leads(leader)
+
+
+async def test_what_is_of_another_incarnation_or_for_another_replica_is_dropped(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    follower = next(node for node in nodes if node is not leader)
+    term = leader.replica.term
+    vote = Vote(term + 5, follower.replica_id, leader.replica_id, 1000, term + 4, True)
+    follower.speak(leader, vote, incarnation=bytes(32))
+    gone = leader.replica_id[:32] + bytes(8)
+    follower.speak(leader, Vote(term + 5, follower.replica_id, gone, 1000, term + 4, True))
+    await until(lambda: leader.replica.dropped.total() == 2)
+    assert leader.replica.dropped == {"another incarnation": 1, "another replica": 1}
+    assert leader.replica.term == term
+    assert replicas.leads(leader)
+
+
+async def test_a_state_that_is_not_what_was_announced_changes_nothing(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    await leader.propose("one")
+    await replicas.until_equal()
+    follower = next(node for node in nodes if node is not leader)
+    snapshot = Snapshot(1000, leader.replica.term, Configuration((leader.replica_id,)))
+    message = InstallSnapshot(leader.replica.term, leader.replica_id, follower.replica_id, snapshot)
+    wrong_hash = Offer(leader.envelope(message), 5, bytes(32))
+    await refused(Code.INVALID_ARGUMENT, leader.offer, follower, wrong_hash, b"12345")
+    too_large = Offer(leader.envelope(message), MAX_STATE_BYTES + 1, bytes(32))
+    await refused(Code.TOO_LARGE, leader.offer, follower, too_large, b"")
+    forged = msgspec.structs.replace(message, source=nodes[2].replica_id, target=leader.replica_id)
+    await refused(
+        Code.NOT_ALLOWED, nodes[1].offer, nodes[0], Offer(nodes[1].envelope(forged), 0, bytes(32)), b""
+    )
+    assert follower.disk.list_folder(FILES) == []
+    assert await leader.propose("two") == 2
+
+
+async def test_a_flood_is_dropped_and_counted_and_the_cell_goes_on(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    follower = next(node for node in nodes if node is not leader)
+    driver = leader.driver
+    beat = HeartbeatReply(leader.replica.term, follower.replica_id, leader.replica_id, 0)
+    for _ in range(2 * INBOX_MESSAGES):
+        driver.receive(beat, 100)
+    assert driver.dropped >= INBOX_MESSAGES
+    await leader.propose("one")
+    await replicas.until_equal()
+
+
+async def test_a_restored_copy_is_refused_and_never_counted_again(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    follower = next(node for node in nodes if node is not leader)
+    copy = follower.disk.snapshot()
+    await replicas.kill(follower)
+    await replicas.restart(follower)
+    await leader.propose("one")
+    await replicas.until_equal()
+    await replicas.kill(follower)
+    follower.disk = SimulatedDisk.restored(copy)
+    await replicas.restart(follower)
+    await until(lambda: follower.replica.standing is not None and follower.replica.standing.unfit is not None)
+    assert "old copy" in str(follower.replica.trouble)
+    await leader.propose("two")
+    await trio.sleep(5)
+    assert replicas.leads(leader)
+    assert follower.commands == []
