@@ -59,7 +59,7 @@ class Seeded:
 
 
 class Scripted:
-    """A sandbox for `sleep N`, `say X`, `list`, `report F TEXT`, `die N`, `break`, one a line."""
+    """A sandbox for lines of `sleep N`, `say X`, `list`, `report F TEXT`, `leave JSON`, `die N`, `break`."""
 
     name = "scripted"
 
@@ -85,7 +85,7 @@ class Scripted:
             self.running.remove(task)
 
     async def _interpret(self, command: Command, on_progress: OnProgress) -> Outcome:
-        output = b""
+        output, effects = b"", b""
         for line in command.argv[-1].splitlines():
             word, _, rest = line.partition(" ")
             match word:
@@ -98,6 +98,9 @@ class Scripted:
                 case "report":
                     fraction, _, text = rest.partition(" ")
                     on_progress(float(fraction), text)
+                case "leave":
+                    effects += rest.encode() + b"\n"
+                    self._disk.write(command.folder / "effects.jsonl", effects)
                 case "die":
                     return Outcome(Ended.EXITED, int(rest), output, b"its last words")
                 case "break":

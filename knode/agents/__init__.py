@@ -5,6 +5,7 @@ code are verified before each run. This room knows attempts, not tasks: it must 
 ask for one, nor keep a result.
 """
 
+from knode.agents.effects import Effects, FollowUp
 from knode.agents.limits import MAX_RESULT_BYTES, Limits
 from knode.agents.manifest import Capability, Manifest, Runtime, parse_manifest, sign_manifest
 from knode.agents.registry import AgentEntry, Registry, State
@@ -18,6 +19,8 @@ __all__ = [
     "Attempt",
     "Capability",
     "Choice",
+    "Effects",
+    "FollowUp",
     "Limits",
     "Manifest",
     "Progress",

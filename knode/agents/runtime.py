@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from knode.agents import text
+from knode.agents.effects import NO_EFFECTS, Effects, read_effects
 from knode.agents.inputs import parse_line, parse_source
 from knode.agents.limits import MAX_RESULT_BYTES, Limits
 from knode.agents.manifest import Capability, Runtime
@@ -59,9 +60,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class AgentResult:
-    """What an agent gave back: text or JSON, at most 192 KiB."""
+    """What an agent gave back."""
 
     output: bytes
+    """Text or JSON, at most 192 KiB."""
+    effects: Effects = NO_EFFECTS
 
 
 class TryAgain(KnodeError):
@@ -117,8 +120,8 @@ class Runner:
 
         Raises:
             KnodeError: NO_AGENT, MANIFEST_INVALID or NO_SANDBOX when it was not begun; AGENT_FAILED with
-                the agent's own words, or naming the limit that it passed; TIMEOUT when the task's
-                deadline came before the agent's end.
+                the agent's own words, or naming the limit that it passed; TOO_LARGE for its effects;
+                TIMEOUT when the task's deadline came before the agent's end.
 
         When it returns, raises or is cancelled, nothing of the attempt runs any more.
         """
@@ -203,7 +206,7 @@ class Runner:
             raise failure(
                 Code.AGENT_FAILED, f"{agent_id} {_describe_exit(outcome.exit_code)}{_last_words(outcome)}"
             )
-        return AgentResult(outcome.stdout)
+        return AgentResult(outcome.stdout, await read_effects(self._world, folder))
 
     def _program_of(self, entry: AgentEntry, attempt: Attempt, folder: Path) -> tuple[list[str], bytes]:
         manifest = entry.manifest

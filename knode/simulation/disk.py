@@ -122,6 +122,13 @@ class SimulatedDisk:
         """Tell whether a file or folder is there."""
         return str(path) in self._volume.files or str(path) in self._volume.folders
 
+    def is_plain(self, path: Path) -> bool:
+        """Tell whether it is a file: links and the like this disk has not."""
+        if str(path) in self._volume.folders:
+            return False
+        self._file(path)
+        return True
+
     def size(self, path: Path) -> int:
         """Return a file's size in bytes."""
         return len(self._file(path).content)

@@ -23,7 +23,8 @@ from knode.identity import PublicKey
 from knode.klp.codec import encode
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
-from knode.tasks.commands import MAX_BUNDLE_BYTES, Bundle, Fence
+from knode.tasks.bundle import bundle_of
+from knode.tasks.commands import Bundle, Fence
 from knode.tasks.failures import failure_of
 from knode.tasks.folders import Folders
 from knode.tasks.messages import (
@@ -343,10 +344,7 @@ class Attempts:
                 files=tuple(folder / "input" / file.name for file in request.files),
             )
             result = await self._places.run(request.agent, attempt, partial(self._note, request.fence))
-        bundle = Bundle(result.output)
-        if len(encode(bundle)) > MAX_BUNDLE_BYTES:
-            raise KnodeError(Code.TOO_LARGE, f"an attempt leaves at most {MAX_BUNDLE_BYTES} bytes")
-        return bundle
+        return bundle_of(result)
 
     # Delivering.
 

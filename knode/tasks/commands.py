@@ -22,6 +22,8 @@ MAX_BUNDLE_BYTES = 240 * 1024
 MAX_OPERATIONS = 256
 MAX_OPERATION_BYTES = 16 * 1024
 MAX_FOLLOW_UPS = 32
+ATTEMPTS = 3
+"""How many a task has at most, unless it says else."""
 MAX_KEY = 128
 MAX_CANDIDATES = 64
 

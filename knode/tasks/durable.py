@@ -11,7 +11,7 @@ import trio
 
 from knode.errors import Code, KnodeError
 from knode.mesh.membership import Membership
-from knode.tasks.commands import MAX_KEY, File, NewTask, task_digest
+from knode.tasks.commands import ATTEMPTS, MAX_KEY, File, NewTask, task_digest
 from knode.tasks.leader import CANCEL, EFFECTS, EXPLAIN, LIST, SHOW, SUBMIT, WAIT, Leader
 from knode.tasks.messages import (
     CancelTask,
@@ -36,7 +36,6 @@ COMMIT_S = 5.0
 """How long a submit waits for its commit, and everything else for its answer."""
 KEY_LIVES_S = 24 * 3600.0
 LONGEST_DEADLINE_S = 30 * 86_400.0
-ATTEMPTS = 3
 LISTED_TASKS = 1000
 LISTED_EFFECTS = 10_000
 FOLLOWED_AT_ONCE = 1024

@@ -117,7 +117,14 @@ class Worker:
                     deadline=Monotonic(self._world.clock.monotonic() + request.deadline_ms / 1000),
                     files=tuple(folder / "input" / name for name in request.files),
                 )
-                return (await self._places.run(request.agent, attempt, progress)).output
+                result = await self._places.run(request.agent, attempt, progress)
+                if result.effects:
+                    raise KnodeError(
+                        Code.INVALID_ARGUMENT,
+                        f"{request.agent} left effects, and a direct task has none but its result",
+                        "submit it without --direct",
+                    )
+                return result.output
             finally:
                 self._places.leave()
 

@@ -49,6 +49,11 @@ class Disk(Protocol):
         """Tell whether a file or folder is there."""
         ...
 
+    def is_plain(self, path: Path) -> bool:
+        """Tell whether a file is nothing but a file: no folder, link, pipe or device, and under no other
+        name; and its owner may read it. NOT_FOUND when there is nothing."""
+        ...
+
     def size(self, path: Path) -> int:
         """Return a file's size in bytes; NOT_FOUND when there is none."""
         ...

@@ -8,6 +8,7 @@ import os
 import random
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,6 +156,12 @@ class RealDisk:
         """Tell whether a file or folder is there."""
         with named_disk_errors(path):
             return path.exists()
+
+    def is_plain(self, path: Path) -> bool:
+        """Tell whether a file is nothing but a file."""
+        with named_disk_errors(path):
+            status = path.lstat()
+        return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and bool(status.st_mode & stat.S_IRUSR)
 
     def size(self, path: Path) -> int:
         """Return a file's size in bytes."""

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from knode.agents.effects import FollowUp
 from knode.agents.registry import Registry
-from knode.agents.runtime import Attempt, Progress, Runner
+from knode.agents.runtime import Attempt, Progress, Runner, TryAgain
 from knode.agents.sandbox import Sandbox
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
@@ -210,3 +211,56 @@ async def test_stopped_agent_takes_no_attempts(
     with pytest.raises(KnodeError) as caught:
         await bare_runner.run("kExecutor:text", begin(b"text"), ignore)
     assert caught.value.code is Code.NO_AGENT
+
+
+LEAVE = """
+import json, os
+token = os.environ["KNODE_TASK_TOKEN"]
+with open("effects.jsonl", "w") as file:
+    for number in range(3):
+        print(json.dumps({"operation": {"number": number, "token": token}}), file=file)
+    print(json.dumps({"task": {"agent": "kExecutor:text", "input": "next"}}), file=file)
+print("done")
+"""
+
+
+async def test_an_agent_leaves_operations_and_tasks_in_a_file(runner: Runner, begin: Attempts) -> None:
+    result = await runner.run("kExecutor:python", begin(LEAVE.encode()), ignore)
+    assert result.output == b"done\n"
+    assert [json.loads(operation)["number"] for operation in result.effects.operations] == [0, 1, 2]
+    assert json.loads(result.effects.operations[0])["token"] == "token-1"
+    assert result.effects.follow_ups == (FollowUp("kExecutor:text", b"next"),)
+
+
+async def test_an_agent_that_fails_leaves_nothing(runner: Runner, begin: Attempts) -> None:
+    with pytest.raises(KnodeError) as caught:
+        await runner.run("kExecutor:python", begin(LEAVE.encode() + b"\nraise SystemExit(1)"), ignore)
+    assert caught.value.code is Code.AGENT_FAILED
+
+
+async def test_an_agent_that_exits_with_75_may_be_tried_again(runner: Runner, begin: Attempts) -> None:
+    with pytest.raises(TryAgain) as caught:
+        await runner.run("kExecutor:command", begin(b"exit 75"), ignore)
+    assert caught.value.code is Code.AGENT_FAILED
+
+
+@pytest.mark.parametrize(
+    ("trick", "code"),
+    [
+        ("os.symlink('/etc/localtime', 'effects.jsonl')", Code.AGENT_FAILED),
+        ("os.symlink('nothing', 'effects.jsonl')", Code.AGENT_FAILED),
+        ("os.mkfifo('effects.jsonl')", Code.AGENT_FAILED),
+        ("os.mkdir('effects.jsonl')", Code.AGENT_FAILED),
+        ("open('a', 'w').close(); os.link('a', 'effects.jsonl')", Code.AGENT_FAILED),
+        ("import socket; socket.socket(socket.AF_UNIX).bind('effects.jsonl')", Code.AGENT_FAILED),
+        ("open('effects.jsonl', 'w').write('{} ' * 400_000)", Code.TOO_LARGE),
+        ("open('effects.jsonl', 'w').write('no line of effects')", Code.AGENT_FAILED),
+    ],
+    ids=["link", "dangling link", "pipe", "folder", "second name", "socket", "too large", "text"],
+)
+async def test_what_is_no_plain_file_of_effects_fails_the_attempt(
+    runner: Runner, begin: Attempts, trick: str, code: Code
+) -> None:
+    with pytest.raises(KnodeError) as caught:
+        await runner.run("kExecutor:python", begin(f"import os; {trick}".encode()), ignore)
+    assert caught.value.code is code

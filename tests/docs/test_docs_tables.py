@@ -14,7 +14,7 @@ from docs_pages import ROOT, Page, codes, page, pages, rows
 from knode import errors
 from knode.control.methods import ControlMethods
 from knode.errors import Code
-from knode.tasks import lifecycle
+from knode.tasks import failures, lifecycle
 
 NO_CODES = {
     "XDG_RUNTIME_DIR",
@@ -49,6 +49,12 @@ def test_the_table_of_what_is_wrong_names_codes_each_once() -> None:
 def test_the_diagram_of_a_tasks_states_is_the_table() -> None:
     (block,) = [block for block in page("docs/guides/tasks.md").blocks if block.language == "mermaid"]
     assert block.text == lifecycle.diagram() + "\n"
+
+
+def test_the_table_of_failures_that_are_tried_again_is_that_of_the_code() -> None:
+    section = page("docs/guides/tasks.md").section("When an attempt fails")
+    named = [code for row in rows(section) for code in row[0].split(", ")]
+    assert sorted(named) == sorted(failures.RETRYABLE)
 
 
 def test_the_table_of_the_sockets_methods_is_that_of_the_daemon() -> None:

@@ -323,6 +323,35 @@ async def test_a_failure_says_whose_it_is(
         assert at.failures == [(code, retryable)]
 
 
+async def test_what_an_agent_leaves_is_in_the_bundle(autojump_clock: MockClock) -> None:
+    lines = ['leave {"operation": {"n": 1}}', 'leave {"task": {"agent": "kExecutor:text"}}', "say x"]
+    async with station(new_disk(), Ledger()) as at:
+        await at.assign("\n".join(lines))
+        await at.until_idle()
+        [end] = at.ledger.ended
+        assert isinstance(end, CompleteAttempt)
+        assert end.bundle.operations == (b'{"n": 1}',)
+        assert [each.task.agent for each in end.bundle.follow_ups] == ["kExecutor:text"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [
+        (['leave {"operation": 1}'] * 300, Code.TOO_LARGE),
+        (['leave {"operation": "' + "x" * 17_000 + '"}'], Code.TOO_LARGE),
+        (['leave {"operation": 1}', "leave nonsense"], Code.AGENT_FAILED),
+    ],
+    ids=["too many", "too large", "no effect"],
+)
+async def test_effects_over_a_limit_fail_the_attempt_and_none_of_them_counts(
+    autojump_clock: MockClock, lines: list[str], code: Code
+) -> None:
+    async with station(new_disk(), Ledger()) as at:
+        await at.assign("\n".join(lines))
+        await at.until_idle()
+        assert at.failures == [(code, False)]
+
+
 async def test_a_completion_that_the_leader_can_never_take_is_a_failure(autojump_clock: MockClock) -> None:
     async with station(new_disk(), Ledger(refusal=Code.TOO_LARGE)) as at:
         await at.assign("say x")

@@ -451,3 +451,14 @@ async def test_a_task_is_found_by_a_unique_start_of_its_id(autojump_clock: MockC
     with pytest.raises(KnodeError) as caught:
         desk.node.tasks.find("")
     assert caught.value.code is Code.NOT_FOUND
+
+
+async def test_a_direct_task_whose_agent_leaves_effects_fails_by_name(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk, _ = await cell.add("desk"), await cell.add("attic")
+    task = await desk.settle('leave {"operation": 1}\nsay x', on="attic")
+    assert (task.state, task.output) == (State.FAILED, None)
+    assert task.error is not None
+    assert task.error.code is Code.INVALID_ARGUMENT
+    assert "direct task" in task.error.message

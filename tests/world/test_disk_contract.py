@@ -48,6 +48,7 @@ def test_what_is_not_there_is_named(disk: Disk, tmp_path: Path) -> None:
     for ask in (
         lambda: disk.read(tmp_path / "none", limit_bytes=1),
         lambda: disk.size(tmp_path / "none"),
+        lambda: disk.is_plain(tmp_path / "none"),
         lambda: disk.write(tmp_path / "none" / "file", b""),
         lambda: disk.create(tmp_path / "none" / "file"),
         lambda: disk.append(tmp_path / "none", 0),
@@ -59,6 +60,26 @@ def test_what_is_not_there_is_named(disk: Disk, tmp_path: Path) -> None:
     assert not disk.exists(tmp_path / "none")
     assert disk.list_folder(tmp_path / "none") == []
     disk.remove(tmp_path / "none")
+
+
+def test_a_file_is_plain_and_a_folder_is_not(disk: Disk, tmp_path: Path) -> None:
+    disk.write(tmp_path / "file", b"x")
+    disk.make_folder(tmp_path / "folder")
+    assert disk.is_plain(tmp_path / "file")
+    assert not disk.is_plain(tmp_path / "folder")
+
+
+def test_links_pipes_and_what_may_not_be_read_are_not_plain(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("none")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "secret").chmod(0o200)
+    (tmp_path / "one").write_text("x")
+    (tmp_path / "two").hardlink_to(tmp_path / "one")
+    plain = {path.name for path in tmp_path.iterdir() if RealDisk().is_plain(path)}
+    assert plain == {"file"}
 
 
 def test_a_created_file_grows_at_its_end_and_replaces_the_one_before(disk: Disk, tmp_path: Path) -> None:
