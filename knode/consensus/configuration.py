@@ -78,11 +78,14 @@ def everyone(configuration: Configuration) -> list[ReplicaId]:
     return sorted({*configuration.voters, *configuration.outgoing, *configuration.learners})
 
 
-def founded(configuration: Configuration) -> Recovered:
-    """Return the log with which a cell begins: its configuration as the first entry, in term 1, committed.
+def founded(configuration: Configuration, command: bytes = b"") -> Recovered:
+    """Return the log with which a cell begins: its configuration as the first entry, then `command`, if any,
+    in term 1, committed.
 
     Every replica that founds the cell must begin with the same; who comes later begins with an empty log.
     """
     check(configuration)
-    entry = Entry(1, 1, Kind.CONFIGURATION, encoded(configuration))
-    return Recovered(HardState(term=1, commit=1), Snapshot(), (entry,))
+    entries = [Entry(1, 1, Kind.CONFIGURATION, encoded(configuration))]
+    if command:
+        entries.append(Entry(1, 2, Kind.COMMAND, command))
+    return Recovered(HardState(term=1, commit=len(entries)), Snapshot(), tuple(entries))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import trio
 from knode.consensus.configuration import founded
 from knode.consensus.installation import Installation
 from knode.consensus.journal import Journal
-from knode.consensus.messages import Configuration, Entry, HardState, Index, Snapshot, Term
+from knode.consensus.messages import Configuration, Entry, HardState, Index, Kind, Snapshot, Term
 from knode.consensus.ready import Recovered
 from knode.consensus.standing import Standing
 from knode.consensus.state_machine import StateMachine
@@ -25,12 +26,19 @@ APPLIED_AT_ONCE = 1024
 class Holdings:
     """The disk of one replica. Nothing here runs while a driver does."""
 
-    def __init__(self, world: World, folder: Path, state_machine: StateMachine) -> None:
+    def __init__(
+        self,
+        world: World,
+        folder: Path,
+        state_machine: StateMachine,
+        first_command: Callable[[Incarnation], bytes],
+    ) -> None:
         self.files = folder / "snapshots"
         self._world = world
         self._folder = folder
         self._log = folder / "log"
         self._state_machine = state_machine
+        self._first_command = first_command
 
     async def open(self, standing: Standing) -> tuple[Journal, Installation, Recovered]:
         """Open the log and see that it is whole; a replica that founds the cell begins it.
@@ -42,7 +50,8 @@ class Holdings:
         journal, installation, recovered = await self._open(standing)
         try:
             if standing.founds and not standing.begun and recovered == Recovered():
-                recovered = founded(Configuration(voters=(standing.replica_id,)))
+                command = self._first_command(standing.incarnation)
+                recovered = founded(Configuration(voters=(standing.replica_id,)), command)
                 await run(partial(journal.append, recovered.hard_state, recovered.entries, sync=True))
             await standing.begin()
         except BaseException:
@@ -73,7 +82,8 @@ class Holdings:
 
     async def survive(self, standing: Standing, incarnation: Incarnation, begun: BeginIncarnation) -> None:
         """Let `incarnation` begin: what the log has up to the index that `begun` names is committed, the rest
-        is void, and this replica is its only voter. Stopped in between, it is to be called again.
+        is void, the first command follows, and this replica is the only voter. Stopped in between, it is to
+        be called again.
 
         Raises:
             KnodeError: HOME_DAMAGED when the log does not hold what the statement names; or as `open`.
@@ -90,12 +100,17 @@ class Holdings:
                     f"node had up to {begun.index}",
                 )
             lacking = [entry for entry in entries if entry.index > self._state_machine.applied]
-            for first in range(0, len(lacking), APPLIED_AT_ONCE):
-                await self._state_machine.apply(lacking[first : first + APPLIED_AT_ONCE])
+            for begin in range(0, len(lacking), APPLIED_AT_ONCE):
+                await self._state_machine.apply(lacking[begin : begin + APPLIED_AT_ONCE])
             await self._state_machine.sync()
             alone = Snapshot(begun.index, begun.term, Configuration(voters=(standing.replica_id,)))
-            term = max(recovered.hard_state.term, begun.term)
+            term = max(recovered.hard_state.term, begun.term) + 1
             await run(partial(journal.reset, alone, HardState(term, b"", begun.index)))
+            command = self._first_command(incarnation)
+            if command:
+                first = Entry(term, begun.index + 1, Kind.COMMAND, command)
+                state = HardState(term, b"", begun.index + 1)
+                await run(partial(journal.append, state, (first,), sync=True))
         finally:
             await self._close(journal)
         await standing.survive(incarnation)

@@ -46,7 +46,7 @@ from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
 from knode.klp.codec import encode
 from knode.klp.messages import Context
-from knode.mesh.incarnations import Verdict
+from knode.mesh.incarnations import Incarnation, Verdict
 from knode.mesh.liveness import PeerState
 from knode.mesh.member_log import MemberLog
 from knode.mesh.membership import Membership
@@ -105,7 +105,15 @@ class Replica:
         log: Log,
         *,
         settings: Settings | None = None,
+        first_command: Callable[[Incarnation], bytes] = lambda _: b"",
     ) -> None:
+        """Put it together.
+
+        Args:
+            folder: for its log, and for states that are on their way.
+            settings: of the core.
+            first_command: makes the command with which the ledger of an incarnation begins; none if empty.
+        """
         self.standing: Standing | None = None
         """What this replica must remember; None outside of a cell."""
         self.stopped: KnodeError | None = None
@@ -121,7 +129,7 @@ class Replica:
         self._peers = peers
         self._database = database
         self._state_machine = state_machine
-        self._holdings = Holdings(world, folder, state_machine)
+        self._holdings = Holdings(world, folder, state_machine, first_command)
         self._log = log
         self._member_log = MemberLog(world.clock, log)
         self._settings = settings or Settings()

@@ -12,16 +12,20 @@ from knode import __version__
 from knode.agents.registry import Registry
 from knode.agents.runtime import Runner
 from knode.agents.sandbox import Sandbox
+from knode.consensus.electorate import Electorate
+from knode.consensus.recovery import Recovery
 from knode.consensus.replica import Replica
 from knode.errors import Code, KnodeError
 from knode.home.configuration import Settings
 from knode.home.layout import Home
 from knode.identity import KeyPair, PublicKey
 from knode.identity.keystore import load_key
+from knode.klp.codec import encode
 from knode.klp.keepalive import Load
 from knode.mesh.contact import MAX_ADDRESSES, Contact, SignedContact, sign_contact
 from knode.mesh.discovery import Announcer, Discovery
 from knode.mesh.gossip import Gossip
+from knode.mesh.incarnations import Incarnation
 from knode.mesh.joining import Joining, Welcome
 from knode.mesh.liveness import PeerState
 from knode.mesh.lookup import Finder, Lookup
@@ -38,6 +42,7 @@ from knode.node.database import open_database
 from knode.node.keys import install_next_key, make_next_key
 from knode.storage import Database
 from knode.tasks.candidates import Candidates
+from knode.tasks.commands import LEVEL, Begin, RaiseLevel
 from knode.tasks.direct import DirectTasks
 from knode.tasks.folders import Folders
 from knode.tasks.offers import Offers
@@ -45,9 +50,10 @@ from knode.tasks.places import Places
 from knode.tasks.store import LedgerStore
 from knode.tasks.worker import Worker
 from knode.transport import Carrier, Listener
-from knode.world import Log, World
+from knode.world import Log, Monotonic, World
 
 CONTACT_EVERY_S = 5.0
+RAISE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +117,21 @@ class Node:
         self.reaching = Reaching(world, self.membership, self.peers, self.methods)
         self.ledger = ledger
         self.replica = Replica(
-            world, self.membership, self.peers, self.methods, database, ledger, home.raft, log
+            world,
+            self.membership,
+            self.peers,
+            self.methods,
+            database,
+            ledger,
+            home.raft,
+            log,
+            first_command=self._first_command,
+        )
+        self.electorate = Electorate(
+            world, self.membership, self.peers, self.replica, log, level=LEVEL, on_level=self._raise_level
+        )
+        self.recovery = Recovery(
+            world, self.membership, self.peers, self.methods, self.replica, self.electorate, log
         )
         self.registry = Registry(world, home.agents, key, self._is_publisher_trusted)
         self.runner = Runner(world, self.registry, machine.sandbox, home.attempts)
@@ -227,6 +247,7 @@ class Node:
             await nursery.start(self.tasks.run)
             self.offers.announce()
             await nursery.start(self.replica.run)
+            nursery.start_soon(self.electorate.run)
             await nursery.start(self.peers.run, self._listeners)
             nursery.start_soon(self.gossip.run)
             nursery.start_soon(self._keep_contact)
@@ -302,6 +323,16 @@ class Node:
             new = await self.world.blocking.run(lambda: make_next_key(self.world, path))
             await self.membership.recover(recovery, new, lost=lost, undo_since=undo_since)
             await self.world.blocking.run(lambda: install_next_key(self.world, path))
+
+    def _first_command(self, incarnation: Incarnation) -> bytes:
+        return encode(Begin(self.world.clock.wall(), incarnation.number, incarnation.hash))
+
+    async def _raise_level(self, level: int) -> None:
+        """Let the ledger take the commands that every replica understands."""
+        if level > self.ledger.level:
+            command = encode(RaiseLevel(self.world.clock.wall(), level))
+            deadline = Monotonic(self.world.clock.monotonic() + RAISE_S)
+            await self.replica.propose(command, deadline=deadline)
 
     def _load(self) -> Load:
         load = self.places.load

@@ -21,6 +21,7 @@ from knode.consensus.replica import Replica
 from knode.errors import KnodeError
 from knode.klp.codec import Decoder, encode
 from knode.klp.messages import Context
+from knode.mesh.incarnations import Incarnation
 from knode.node.database import MIGRATIONS
 from knode.simulation.disk import SimulatedDisk
 from knode.transport.memory import MemoryNetwork
@@ -113,12 +114,16 @@ class ReplicaNode(MeshNode):
             self.machine,
             Path("/state/raft"),
             self.log,
+            first_command=self.first_command,
         )
         try:
             await self.replica.open()
         except KnodeError:
             await self.database.aclose()
             raise
+
+    def first_command(self, incarnation: Incarnation) -> bytes:
+        return b""
 
     async def work(self, nursery: trio.Nursery) -> None:
         await nursery.start(self.replica.run)

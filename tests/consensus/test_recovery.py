@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 from mesh_cell import RECOVERY, key_of, refused, until
 from trio.testing import MockClock
@@ -106,6 +107,24 @@ async def test_an_entry_that_the_survivor_had_and_did_not_know_to_be_committed_s
     assert survivor.commands == []
     await survivor.recovery.begin()
     await until(lambda: survivor.commands == ["written here alone"])
+
+
+async def test_the_ledger_of_each_incarnation_begins_with_its_first_command(
+    autojump_clock: MockClock, voting: VotingCell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VotingNode, "first_command", lambda _, begun: f"begin {begun.number}".encode())
+    nodes = await voting.of(3)
+    await voting.leading().propose("one")
+    await voting.until_equal()
+    await only(voting, nodes[0])
+    await nodes[0].recovery.begin()
+    await voting.until_led()
+    await nodes[0].propose("two")
+    for node in nodes[1:]:
+        await voting.restart(node)
+    await voting.until_voting(3)
+    await voting.until_equal()
+    assert nodes[2].commands == ["begin 0", "one", "begin 1", "two"]
 
 
 async def test_it_is_refused_while_a_majority_is_here_and_on_who_holds_no_key(
