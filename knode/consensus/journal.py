@@ -52,7 +52,7 @@ MAX_SEGMENT_BYTES = SEGMENT_BYTES + MAX_BODY_BYTES + 4096
 _NAME = re.compile(r"[0-9]{16}\.log")
 _OURS = re.compile(r"\.?[0-9]{16}\.log(\.[0-9]+\.new)?")
 """A segment, or what a crash left of one that was being made."""
-_RECOVERY = "revoke this node's vote, so that it takes part anew"
+_RECOVERY = "check the disk; a node that has lost its log must not vote as the one that it was"
 
 
 class SyncFailed(LocalError):
