@@ -258,7 +258,8 @@ class Raft:
         if self._elapsed >= self._timeout:
             self._restart_timer()
             self.leader = None
-            if self._may_campaign():
+            waits_for_disk = self.role is Role.CANDIDATE and self.id not in self._votes
+            if self._may_campaign() and not waits_for_disk:
                 self._campaign_for_pre_votes()
 
     def applied_to(self, index: Index) -> None:
@@ -400,7 +401,8 @@ class Raft:
         ticks = self._settings.election_ticks
         self._elapsed = 0
         self._timeout = ticks + self._choose(ticks)
-        if self._log.configuration.voters == (self.id,) and not self._log.configuration.outgoing:
+        present = self._log.configuration
+        if self.role is Role.FOLLOWER and (present.voters, present.outgoing) == ((self.id,), ()):
             self._timeout = 1  # there is nobody to wait for
 
     def _become_follower(self, term: Term) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from core_cell import A, B, C, D, voters
+from lone_core import A, B, C, D, voters
 
 from knode.consensus import configuration as configurations
 from knode.consensus.messages import Configuration

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from core_cell import A, B, voters
 from hypothesis import given
 from hypothesis import strategies as st
+from lone_core import A, B, voters
 
 from knode.consensus.configuration import encoded
 from knode.consensus.log import ENTRY_OVERHEAD_BYTES, Log
