@@ -67,7 +67,8 @@ Bring = Callable[[AssignAttempt, Path], Awaitable[None]]
 class Leader(Protocol):
     """Whoever leads now, as this node speaks to it; this node itself, perhaps.
 
-    Everything raises KnodeError when no leader can be reached or answers by `deadline`.
+    What waits for an answer finds the leader, waits for one while there is none, and raises KnodeError when
+    there is no answer by `deadline`.
     """
 
     def may_lead(self, key: PublicKey) -> bool:
@@ -75,11 +76,11 @@ class Leader(Protocol):
         ...
 
     async def complete(self, request: CompleteAttempt, *, deadline: Monotonic) -> Settled:
-        """Tell that an attempt is done."""
+        """Tell that an attempt is done; NOT_ALLOWED when it is another member's."""
         ...
 
     async def fail(self, request: FailAttempt, *, deadline: Monotonic) -> Settled:
-        """Tell that an attempt failed."""
+        """Tell that an attempt failed; NOT_ALLOWED when it is another member's."""
         ...
 
     async def is_current(self, fence: Fence, *, deadline: Monotonic) -> bool:
@@ -142,7 +143,6 @@ class Attempts:
         self._over: OrderedDict[Fence, None] = OrderedDict()
         self._reports: dict[Fence, Progress] = {}
         self._deliveries = trio.Semaphore(DELIVERIES_AT_ONCE)
-        self._hurry = trio.Event()
         self._nursery: trio.Nursery | None = None
         membership.changed.append(lambda _: self._follow_roster())
         methods.add("task.assign", AssignAttempt, self._answer_assign)
@@ -210,11 +210,6 @@ class Attempts:
         if kept is not None:
             kept.scope.cancel()
             await kept.over.wait()
-
-    def hurry(self) -> None:
-        """Deliver at once what waits for its next try: a leader was heard of."""
-        self._hurry.set()
-        self._hurry = trio.Event()
 
     # Accepting.
 
@@ -354,7 +349,6 @@ class Attempts:
         pause_s = FIRST_PAUSE_S
         while True:
             await self._keep_outcome(kept)
-            hurry = self._hurry
             try:
                 async with self._deliveries:
                     settled = await self._tell(kept.outcome)
@@ -363,15 +357,17 @@ class Attempts:
                 return
             except KnodeError as error:
                 self._log.debug("attempt not delivered", **_fields(kept), code=error.code, why=error.message)
+                if error.code is Code.NOT_ALLOWED:
+                    self._log.warning("attempt was another member's", **_fields(kept), why=error.message)
+                    return
                 if isinstance(kept.outcome, CompleteAttempt) and error.code in _FINAL_REFUSALS:
                     self._log.warning("the leader takes no such end", **_fields(kept), why=error.message)
                     kept.outcome, kept.is_outcome_kept = failure_of(kept.outcome.fence, error), False
                     continue
             except Exception:
                 self._log.error("an attempt could not be delivered", **_fields(kept), exc_info=True)
-            with trio.move_on_after(self._world.randomness.uniform(pause_s / 2, pause_s)):
-                await hurry.wait()
-            pause_s = FIRST_PAUSE_S if hurry.is_set() else min(2 * pause_s, LONGEST_PAUSE_S)
+            await trio.sleep(self._world.randomness.uniform(pause_s / 2, pause_s))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _tell(self, outcome: Outcome) -> Settled:
         deadline = Monotonic(self._world.clock.monotonic() + ANSWER_S)

@@ -137,15 +137,12 @@ async def test_a_node_that_is_cut_off_finishes_and_delivers_when_it_is_back(
         assert at.results == [b"x"] * 5
 
 
-async def test_word_of_a_leader_delivers_at_once(autojump_clock: MockClock) -> None:
-    ledger = Ledger(is_here=False)
-    async with station(new_disk(), ledger) as at:
+async def test_an_attempt_that_is_another_members_is_forgotten(autojump_clock: MockClock) -> None:
+    async with station(new_disk(), Ledger(refusal=Code.NOT_ALLOWED)) as at:
         await at.assign("say x")
-        await trio.sleep(100)
-        ledger.is_here = True
-        at.attempts.hurry()
-        await trio.sleep(0.05)
-        assert at.results == [b"x"]
+        await at.until_idle()
+        assert at.ledger.ended == []
+        assert await at.kept() == []
 
 
 async def test_an_answer_that_gets_lost_is_asked_for_again(autojump_clock: MockClock) -> None:
