@@ -41,7 +41,7 @@ from knode.consensus.standing import Standing
 from knode.consensus.state_machine import StateMachine
 from knode.consensus.transfer import METHOD as SNAPSHOT_METHOD
 from knode.consensus.transfer import Transfers
-from knode.consensus.voters import member_of
+from knode.consensus.voters import VOTING_ROLES, member_of
 from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
 from knode.klp.codec import encode
@@ -585,7 +585,7 @@ class Replica:
             raise KnodeError(Code.BAD_FRAME, "a state comes with its bytes")
         self._check_owner(key, envelope)
         life = self._life
-        if life is None or not self._is_for(life, envelope):
+        if life is None or not self._counts(life, key, envelope):
             return
         message = envelope.message
         match life.standing.admits(message.source, envelope.start, envelope.boot):
@@ -601,8 +601,16 @@ class Replica:
         if member is None or member.id.raw != member_of(envelope.message.source):
             raise KnodeError(Code.NOT_ALLOWED, "a member speaks for another one's replica")
 
-    def _is_for(self, life: _Life, envelope: Envelope) -> bool:
-        """Tell whether it is of this incarnation, and for this replica."""
+    def _may_vote(self, key: PublicKey) -> bool:
+        """Tell whether this key's member has a role that votes. Whoever is heard could lead."""
+        member = self._membership.roster.holders.get(key.raw)
+        return member is not None and member.role in VOTING_ROLES
+
+    def _counts(self, life: _Life, key: PublicKey, envelope: Envelope) -> bool:
+        """Tell whether it is from who may vote, of this incarnation, and for this replica."""
+        if not self._may_vote(key):
+            self.dropped["no voting role"] += 1
+            return False
         if envelope.incarnation != life.standing.incarnation.hash:
             self.dropped["another incarnation"] += 1
             return False
@@ -653,7 +661,8 @@ class Replica:
 
     def _take_refusal(self, key: PublicKey, body: bytes) -> None:
         refused = refusals.decode(body)
-        if self._life is not None and refused.replica == self._life.standing.replica_id:
+        life = self._life
+        if life is not None and refused.replica == life.standing.replica_id and self._may_vote(key):
             self._queue(refused)
 
     def _lose(self, peer: Peer) -> None:
@@ -682,7 +691,7 @@ class Replica:
         if call.stream is None or not isinstance(message, InstallSnapshot):
             raise KnodeError(Code.INVALID_ARGUMENT, "a state comes on a stream, with its snapshot")
         self._check_owner(call.caller, envelope)
-        if not self._is_for(life, envelope):
+        if not self._counts(life, call.caller, envelope):
             raise not_taken()
         if not await life.standing.note(message.source, envelope.start, envelope.boot):
             raise not_taken()

@@ -22,6 +22,7 @@ from knode.errors import KnodeError
 from knode.klp.codec import Decoder, encode
 from knode.klp.messages import Context
 from knode.mesh.incarnations import Incarnation
+from knode.mesh.statements import Role
 from knode.node.database import MIGRATIONS
 from knode.simulation.disk import SimulatedDisk
 from knode.transport.memory import MemoryNetwork
@@ -204,11 +205,11 @@ class ReplicaCell:
         await until(lambda: raft.configuration == target and raft.applied == raft.last_index)
         await self.until_equal()
 
-    async def join(self, name: str | None = None) -> ReplicaNode:
+    async def join(self, name: str | None = None, *, role: Role = Role.WORKER) -> ReplicaNode:
         """Add a member that no configuration names."""
         node = await self._make(name or f"node{len(self.nodes)}")
         await node.start(self._nursery)
-        await node.join(await self.nodes[0].invite())
+        await node.join(await self.nodes[0].invite(role))
         self.nodes.append(node)
         await self.connected()
         await until(lambda: node.replica.standing is not None)

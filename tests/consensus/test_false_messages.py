@@ -10,12 +10,22 @@ from replica_cell import FILES, ReplicaCell, replicas, until
 from trio.testing import MockClock
 
 from knode.consensus.driver import INBOX_MESSAGES
-from knode.consensus.envelope import TOPIC, Offer
-from knode.consensus.messages import Configuration, HeartbeatReply, InstallSnapshot, Snapshot, Vote
+from knode.consensus.envelope import REFUSED_TOPIC, TOPIC, Offer, Refused
+from knode.consensus.messages import (
+    Append,
+    Configuration,
+    Entry,
+    HeartbeatReply,
+    InstallSnapshot,
+    Kind,
+    Snapshot,
+    Vote,
+)
 from knode.consensus.transfer import MAX_STATE_BYTES
 from knode.errors import Code
 from knode.klp.codec import encode
 from knode.klp.messages import Context
+from knode.mesh.statements import Role
 from knode.simulation.disk import SimulatedDisk
 
 __all__ = ["replicas"]
@@ -64,6 +74,31 @@ async def test_what_is_of_another_incarnation_or_for_another_replica_is_dropped(
     assert leader.replica.dropped == {"another incarnation": 1, "another replica": 1}
     assert leader.replica.term == term
     assert replicas.leads(leader)
+
+
+async def test_a_member_whose_role_does_not_vote_can_neither_lead_nor_disturb(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    nodes = list(await replicas.grow(3))
+    leader = await replicas.leader()
+    await leader.propose("one")
+    await replicas.until_equal()
+    observer = await replicas.join(role=Role.OBSERVER)
+    term, index = leader.replica.term, leader.replica.applied
+    forged = Entry(term + 5, index + 1, Kind.COMMAND, b"forged")
+    for node in nodes:
+        header = (term + 5, observer.replica_id, node.replica_id, index, term)
+        observer.speak(node, Append(*header, (forged,), index + 1))
+        observer.speak(node, Vote(*header, True))
+    standing = leader.replica.standing
+    assert standing is not None
+    old_copy = Refused(leader.replica_id, standing.start + 1, bytes(16))
+    observer.peer(leader).send_event(REFUSED_TOPIC, encode(old_copy), Context())
+    await until(lambda: all(node.replica.dropped["no voting role"] == 2 for node in nodes))
+    await trio.sleep(3)
+    assert leader.replica.term == term
+    assert leader.replica.is_leader
+    assert standing.unfit is None
 
 
 async def test_a_state_that_is_not_what_was_announced_changes_nothing(
