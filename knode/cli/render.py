@@ -188,8 +188,31 @@ def agents(document: Sequence[Document]) -> str:
 def tasks(document: Sequence[Document]) -> str:
     """Show one task a line."""
     return table(
-        ("task", "agent", "state", "node", "error"),
-        ((t["id"], t["agent"], t["state"], t["node"], (t["error"] or {}).get("code")) for t in document),
+        ("task", "agent", "state", "attempt", "node", "error"),
+        (
+            (t["id"], t["agent"], t["state"], t["attempt"], t["node"], (t["error"] or {}).get("code"))
+            for t in document
+        ),
+    )
+
+
+def explanation(document: Document) -> str:
+    """Show what a task waits for, and every node's score, when it was assigned last and now."""
+    task = document["task"]
+    shown = {key: task[key] for key in ("id", "agent", "state", "attempt", "node")}
+    parts = [fields(shown | {"waits for": document["waits_for"]})]
+    for title, considered in (("when assigned", document["considered"]), ("now", document["now"])):
+        if considered:
+            rows = ((one["node"], one["score"], one["why"]) for one in considered)
+            parts.append(table((title, "score", "why not"), rows))
+    return "\n\n".join(parts)
+
+
+def effects(document: Sequence[Document]) -> str:
+    """Show one operation a line."""
+    return table(
+        ("number", "task", "attempt", "operation"),
+        ((e["sequence"], e["task"], e["attempt"], value(e["operation"])) for e in document),
     )
 
 

@@ -5,7 +5,7 @@ No logic: a method decodes, calls one method of a room, and shapes the answer as
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,12 +27,12 @@ from knode.control.parameters import (
     OfRevocation,
     OfRole,
     OfRotation,
-    OfSubmission,
-    OfTask,
     OfTicket,
 )
 from knode.control.process import process_document
 from knode.control.server import Handler, Notify
+from knode.control.task_methods import TaskMethods
+from knode.control.typed import typed
 from knode.errors import Code, KnodeError
 from knode.home.broadcast import Broadcast
 from knode.mesh.roster import Member
@@ -41,8 +41,6 @@ from knode.node.health import examine
 from knode.node.node import Node
 from knode.node.setup import parse_recovery_key
 from knode.node.status import iso, member_document, peer_details, peer_document, status
-from knode.tasks.direct import DEFAULT_DEADLINE_S, Submission
-from knode.tasks.task import Task
 from knode.transport.partition import Partition
 
 T = TypeVar("T")
@@ -72,34 +70,30 @@ class ControlMethods:
     def table(self) -> Mapping[str, Handler]:
         """Return every method by its name."""
         table = {
-            "status": _typed(Nothing, self._status),
-            "doctor": _typed(Nothing, self._examine),
-            "stop": _typed(Nothing, self._stop_daemon),
-            "invite": _typed(OfRole, self._invite),
-            "invite.wait": _typed(OfTicket, self._await_invited),
-            "join": _typed(OfTicket, self._join),
-            "peer.list": _typed(Nothing, self._list_peers),
-            "peer.show": _typed(OfNode, self._show_peer),
-            "peer.ping": _typed(OfPings, self._ping_peer),
-            "member.list": _typed(Nothing, self._list_members),
-            "member.role": _typed(OfMemberRole, self._change_role),
-            "member.revoke": _typed(OfRevocation, self._revoke),
-            "member.rotate": _typed(OfRotation, self._rotate),
-            "member.recover": _typed(OfRecovery, self._recover),
-            "agent.list": _typed(Nothing, self._list_agents),
-            "agent.show": _typed(OfAgent, self._show_agent),
-            "agent.install": _typed(OfPath, self._install_agent),
-            "agent.start": _typed(OfAgent, self._start_agent),
-            "agent.stop": _typed(OfAgent, self._stop_agent),
-            "task.submit": _typed(OfSubmission, self._submit),
-            "task.list": _typed(Nothing, self._list_tasks),
-            "task.show": _typed(OfTask, self._show_task),
-            "task.watch": _typed(OfTask, self._watch_task),
-            "task.cancel": _typed(OfTask, self._cancel_task),
-            "logs.tail": _typed(OfLog, self._tail),
+            "status": typed(Nothing, self._status),
+            "doctor": typed(Nothing, self._examine),
+            "stop": typed(Nothing, self._stop_daemon),
+            "invite": typed(OfRole, self._invite),
+            "invite.wait": typed(OfTicket, self._await_invited),
+            "join": typed(OfTicket, self._join),
+            "peer.list": typed(Nothing, self._list_peers),
+            "peer.show": typed(OfNode, self._show_peer),
+            "peer.ping": typed(OfPings, self._ping_peer),
+            "member.list": typed(Nothing, self._list_members),
+            "member.role": typed(OfMemberRole, self._change_role),
+            "member.revoke": typed(OfRevocation, self._revoke),
+            "member.rotate": typed(OfRotation, self._rotate),
+            "member.recover": typed(OfRecovery, self._recover),
+            "agent.list": typed(Nothing, self._list_agents),
+            "agent.show": typed(OfAgent, self._show_agent),
+            "agent.install": typed(OfPath, self._install_agent),
+            "agent.start": typed(OfAgent, self._start_agent),
+            "agent.stop": typed(OfAgent, self._stop_agent),
+            "logs.tail": typed(OfLog, self._tail),
+            **TaskMethods(self._node).table(),
         }
         if self._partition is not None:
-            table["testnet.partition"] = _typed(OfPartition, self._cut_off)
+            table["testnet.partition"] = typed(OfPartition, self._cut_off)
         return table
 
     # The node and its cell.
@@ -267,54 +261,6 @@ class ControlMethods:
             "nodes": nodes,
         }
 
-    # Tasks.
-
-    async def _submit(self, of: OfSubmission, notify: Notify) -> Any:
-        if not of.direct:
-            raise KnodeError(
-                Code.UNAVAILABLE,
-                "durable tasks are not in this version yet",
-                "add --direct: the task is done at most once, and only its result is kept",
-            )
-        submission = Submission(
-            agent=of.agent,
-            input=of.input.encode(),
-            artifacts=tuple(Path(path) for path in of.artifacts),
-            on=of.on,
-            deadline_s=DEFAULT_DEADLINE_S if of.deadline_s is None else of.deadline_s,
-        )
-        task = await self._node.tasks.submit(submission)
-        if not of.wait:
-            return task.document()
-        try:
-            return await self._follow(task, notify)
-        except trio.Cancelled:
-            # Whoever waited has gone away, and nobody else would read the result.
-            if not task.state.final:
-                with trio.CancelScope(shield=True):
-                    await self._node.tasks.cancel(task)
-            raise
-
-    async def _list_tasks(self, _: Nothing, notify: Notify) -> Any:
-        return [task.document() for task in self._node.tasks.list()]
-
-    async def _show_task(self, of: OfTask, notify: Notify) -> Any:
-        return self._node.tasks.find(of.task).document()
-
-    async def _watch_task(self, of: OfTask, notify: Notify) -> Any:
-        return await self._follow(self._node.tasks.find(of.task), notify)
-
-    async def _cancel_task(self, of: OfTask, notify: Notify) -> Any:
-        task = self._node.tasks.find(of.task)
-        await self._node.tasks.cancel(task)
-        return task.document()
-
-    async def _follow(self, task: Task, notify: Notify) -> Any:
-        """Pass on each report of a task once, until it has ended."""
-        async for report in task.reports():
-            notify(report)
-        return task.document()
-
     # Faults.
 
     async def _cut_off(self, of: OfPartition, notify: Notify) -> Any:
@@ -374,16 +320,3 @@ def _moment(text: str | None) -> int | None:
         raise KnodeError(
             Code.INVALID_ARGUMENT, f"{text[:80]!r} is no time", "give it as 2026-11-22T14:30 or 2026-11-22"
         ) from error
-
-
-def _typed(kind: type[T], method: Callable[[T, Notify], Awaitable[Any]]) -> Handler:
-    async def handle(params: dict[str, Any], notify: Notify) -> Any:
-        try:
-            decoded = msgspec.convert(params, kind)
-        except msgspec.ValidationError as error:
-            raise KnodeError(
-                Code.INVALID_ARGUMENT, str(error), "'knode --help' shows what each command takes"
-            ) from error
-        return await method(decoded, notify)
-
-    return handle

@@ -92,6 +92,12 @@ class OfTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task: str
 
 
+class OfEffects(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A task's id or start of an id; none: all tasks."""
+
+    task: str | None = None
+
+
 class OfSubmission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A task to be done."""
 
@@ -100,7 +106,10 @@ class OfSubmission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     artifacts: tuple[AbsolutePath, ...] = ()
     on: str | None = None
     direct: bool = False
+    key: str | None = None
     deadline_s: float | None = None
+    outbox: bool = True
+    """Whether it is kept here when no quorum can commit it."""
     wait: bool = False
 
 

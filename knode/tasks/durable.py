@@ -45,6 +45,7 @@ Hold = Callable[[bytes, Sequence[Path]], Awaitable[tuple[tuple[File, ...], tuple
 """Put a task's files where they outlive this node; return them, and who holds them all."""
 
 _NO_QUORUM = frozenset({Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT})
+_NO_MEMBER = frozenset({Code.KEY_REVOKED, Code.UNKNOWN_PEER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,8 @@ class Durable:
 
     async def tasks(self) -> Found:
         """Return the tasks of the cell, newest first: the last thousand."""
+        if not self._membership.in_cell:
+            return Found((), is_confirmed=True)
         tasks: list[TaskView] = []
         try:
             more = True
@@ -147,7 +150,7 @@ class Durable:
                 tasks += page.tasks
                 more = page.more and bool(page.tasks)
         except KnodeError as error:
-            if error.code not in _NO_QUORUM:
+            if error.code not in _NO_QUORUM | _NO_MEMBER:
                 raise
             records = await self._store.list(LISTED_TASKS)
             return Found(tuple(map(view_of_record, records)), is_confirmed=False)
@@ -159,14 +162,14 @@ class Durable:
         Raises:
             KnodeError: INVALID_ARGUMENT for what is no start of an id, or when several fit.
         """
-        if not is_selector(selector):
+        if not is_selector(selector) or not self._membership.in_cell:
             return Found((), is_confirmed=True)
         try:
             view = await self._leader.ask(SHOW, ShowTask(selector), deadline=self._in(COMMIT_S))
         except KnodeError as error:
             if error.code is Code.NOT_FOUND:
                 return Found((), is_confirmed=True)
-            if error.code not in _NO_QUORUM:
+            if error.code not in _NO_QUORUM | _NO_MEMBER:
                 raise
             return await self._show_known(selector)
         return Found((view,), is_confirmed=True)

@@ -131,10 +131,12 @@ class Leader:
 
         Raises:
             KnodeError: UNAVAILABLE: nobody took the question. UNKNOWN: somebody may have, and what it asks
-                for may still be done. Else what the leader answered.
+                for may still be done. KEY_REVOKED, UNKNOWN_PEER: this node is no member. Else what the
+                leader answered.
 
         Cancelling leaves open whether it is done.
         """
+        _ = self._membership.own  # who is no member (any more) asks for nothing
         pause_s = FIRST_PAUSE_S
         was_asked = False
         while True:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +18,11 @@ from knode.errors import EXIT_FAILED, EXIT_OK, TABLE, Code, KnodeError
 
 INPUT_LIMIT_BYTES = 192 * 1024
 """The largest input of a task; it travels in one message, and what is larger is an artifact."""
+
+_PENDING = (
+    "pending: no majority of the voters could take it yet; it is kept here and submitted until they do\n"
+    "next: knode task watch {task}"
+)
 
 Task = Annotated[str, typer.Argument(help="A task's id, or the beginning of it.")]
 
@@ -37,10 +44,16 @@ def submit_task(
     direct: Annotated[
         bool, typer.Option("--direct", help="Ask a node directly: quick, at most once, never retried.")
     ] = False,
-    deadline: Annotated[
-        float | None,
-        typer.Option("--deadline", metavar="S", min=0.1, help="Give up after this many seconds."),
+    key: Annotated[
+        str | None,
+        typer.Option("--key", metavar="K", help="The same key again is the same task, done once."),
     ] = None,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", metavar="S", help="Give up after this many seconds.")
+    ] = None,
+    no_outbox: Annotated[
+        bool, typer.Option("--no-outbox", help="Fail when it cannot be committed now, instead of keeping it.")
+    ] = False,
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow it and print its result; exit 1 unless it succeeded.")
     ] = False,
@@ -52,18 +65,31 @@ def submit_task(
         "input": _input(text, agent),
         "artifacts": [_artifact(path) for path in artifact or []],
         "direct": direct,
-        "deadline_s": deadline,
+        "deadline_s": _deadline(deadline),
+        "outbox": not no_outbox,
         "wait": wait,
     }
-    if on is not None:
-        params["on"] = on
+    params |= {name: given for name, given in (("on", on), ("key", key)) if given is not None}
+    known: list[str] = []
+
+    def step(progress: dict[str, Any]) -> None:
+        known.extend([progress["task"]] if "task" in progress else [])
+        session.note(render.progress(progress))
+
     try:
-        submitted = session.call("task.submit", params, lambda step: session.note(render.progress(step)))
+        submitted = session.call("task.submit", params, step)
     except KeyboardInterrupt:
-        session.note("interrupted: a task that was waited for is cancelled")
+        if direct:
+            session.note("interrupted: a direct task that was waited for is cancelled")
+        elif known:
+            session.note(f"interrupted: the task goes on; follow it with 'knode task watch {known[0]}'")
+        else:
+            session.note("interrupted before it was known whether the task is taken: 'knode task list'")
         raise
     if not wait:
         session.show(submitted, lambda new: render.printable(new["id"]))
+        if submitted["state"] == "pending":
+            session.note(_PENDING.format(task=submitted["id"]))
         return
     session.show(submitted, _result)
     raise typer.Exit(_settled(session, submitted))
@@ -73,14 +99,32 @@ def submit_task(
 def list_tasks(context: typer.Context) -> None:
     """Show the tasks, in all states."""
     session = session_of(context)
-    session.show(session.call("task.list"), render.tasks)
+    session.show(session.call("task.list", on_progress=partial(_warn, session)), render.tasks)
 
 
 @task.command("show")
 def show_task(context: typer.Context, task: Task) -> None:
     """Show one task."""
     session = session_of(context)
-    session.show(session.call("task.show", {"task": task}), render.details)
+    found = session.call("task.show", {"task": task}, partial(_warn, session))
+    session.show(found, render.details)
+
+
+@task.command("explain")
+def explain_task(context: typer.Context, task: Task) -> None:
+    """Say why a task runs where it runs, or what it waits for."""
+    session = session_of(context)
+    session.show(session.call("task.explain", {"task": task}), render.explanation)
+
+
+@task.command("effects")
+def list_effects(
+    context: typer.Context,
+    task: Annotated[str | None, typer.Argument(help="A task's id, or the beginning of it; else all.")] = None,
+) -> None:
+    """Show what tasks have left, in the order in which it took effect, each once."""
+    session = session_of(context)
+    session.show(session.call("task.effects", {} if task is None else {"task": task}), render.effects)
 
 
 @task.command("watch")
@@ -101,6 +145,20 @@ def cancel_task(context: typer.Context, task: Task) -> None:
     """Stop a task."""
     session = session_of(context)
     session.show(session.call("task.cancel", {"task": task}), render.details)
+
+
+def _warn(session: Session, progress: dict[str, Any]) -> None:
+    session.warn(f"note: {progress.get('note', '')}")
+
+
+def _deadline(seconds: float | None) -> float | None:
+    if seconds is not None and not (isfinite(seconds) and seconds > 0):
+        raise KnodeError(
+            Code.INVALID_ARGUMENT,
+            f"a deadline of {seconds:g} seconds does not lie ahead",
+            "give seconds from now: '--deadline 60'",
+        )
+    return seconds
 
 
 def _input(text: str, agent: str) -> str:
@@ -174,5 +232,7 @@ def _settled(session: Session, document: dict[str, Any]) -> int:
             "Nobody can say whether it ran: the answer of its node was lost, or the node started anew.\n"
             "next: submit it again only if running it twice does no harm"
         )
+    if not document["direct"]:
+        return EXIT_FAILED
     code = error.get("code", "")
     return TABLE[Code(code)].exit_code if code in Code.__members__ else EXIT_FAILED
