@@ -100,7 +100,7 @@ class TaskMethods:
         documents = [task.document() for task in self._node.tasks.list()]
         if self._node.membership.in_cell:
             roster = self._node.membership.roster
-            waiting = [row for row in self._node.durable.outbox.rows() if row.id not in known]
+            waiting = [row for row in self._node.outbox.rows() if row.id not in known]
             documents += [waiting_document(row, roster) for row in waiting]
             documents += [
                 task_document(view, roster, is_confirmed=found.is_confirmed) for view in found.tasks
@@ -160,7 +160,7 @@ class TaskMethods:
         if is_selector(selector):
             found = await self._node.durable.show(selector)
             is_confirmed = found.is_confirmed
-            fitting |= {row.id.hex(): row for row in self._node.durable.outbox.rows()}
+            fitting |= {row.id.hex(): row for row in self._node.outbox.rows()}
             fitting |= {view.id.hex(): view for view in found.tasks}
         fitting |= {task.id: task for task in self._node.tasks.list()}
         fitting = {id: task for id, task in fitting.items() if selector and id.startswith(selector)}

@@ -41,13 +41,22 @@ from knode.mesh.ways import fitting
 from knode.node.database import open_database
 from knode.node.keys import install_next_key, make_next_key
 from knode.storage import Database
+from knode.tasks.attempts import Attempts
 from knode.tasks.candidates import Candidates
 from knode.tasks.commands import LEVEL, Begin, RaiseLevel
 from knode.tasks.direct import DirectTasks
+from knode.tasks.dispatch import Dispatcher
+from knode.tasks.durable import Durable
 from knode.tasks.folders import Folders
+from knode.tasks.holding import Holding
+from knode.tasks.inputs import Inputs
+from knode.tasks.leader import Leader
 from knode.tasks.offers import Offers
+from knode.tasks.outbox import Outbox
 from knode.tasks.places import Places
+from knode.tasks.reception import Reception
 from knode.tasks.store import LedgerStore
+from knode.tasks.work import Work
 from knode.tasks.worker import Worker
 from knode.transport import Carrier, Listener
 from knode.world import Log, Monotonic, World
@@ -81,6 +90,7 @@ class Node:
         carriers: Mapping[str, Carrier],
         machine: Machine,
         ledger: LedgerStore,
+        work: Work,
         announcer: Announcer | None,
         finder: Finder | None,
         log: Log,
@@ -145,6 +155,35 @@ class Node:
         )
         self.candidates = Candidates(self.membership, self.peers, self.offers, self._load)
         self.tasks = DirectTasks(world, self.membership, self.peers, self.candidates, self.worker, log)
+        self.leader = Leader(world, self.membership, self.peers, self.methods, self.replica)
+        self.inputs = Inputs(
+            world,
+            Holding(world, home.inputs, log, task_bytes=settings.tasks.artifact_bytes),
+            self.membership,
+            self.peers,
+            self.methods,
+            lambda tasks: self.durable.fates(tasks),
+            log,
+        )
+        self.attempts = Attempts(
+            world,
+            work,
+            self.runner,
+            self.places,
+            self.folders,
+            self.inputs.bring,
+            self.membership,
+            self.leader,
+            self.methods,
+            log,
+        )
+        self.dispatcher = Dispatcher(
+            world, self.membership, self.peers, self.replica, ledger, self.candidates, self.attempts, log
+        )
+        self.reception = Reception(world, self.leader, self.replica, ledger, self.dispatcher, log)
+        self.outbox = Outbox(world, database, log)
+        self.durable = Durable(world, self.membership, self.leader, ledger, self.inputs, self.outbox, log)
+        self._work = work
         self._database = database
         self._listeners: list[Listener] = []
         self._going_down = trio.Event()
@@ -186,6 +225,8 @@ class Node:
             opened.push_async_callback(database.aclose)
             ledger = await LedgerStore.open(world, home.ledger)
             opened.push_async_callback(ledger.aclose)
+            work = await Work.open(world, home.work)
+            opened.push_async_callback(work.aclose)
             node = cls(
                 world,
                 home,
@@ -196,6 +237,7 @@ class Node:
                 carriers,
                 machine,
                 ledger,
+                work,
                 announcer,
                 finder,
                 log,
@@ -203,6 +245,7 @@ class Node:
             await node.membership.load()
             await world.blocking.run(node.registry.load)
             await node.replica.open()
+            await node.outbox.load()
             opened.pop_all()
         return node
 
@@ -220,7 +263,7 @@ class Node:
             async with trio.open_nursery() as nursery:
                 up = trio.Event()
                 # Not `start`: cancelled, it would wait for a room that waits for the good-byes.
-                nursery.start_soon(self._work, up)
+                nursery.start_soon(self._run_rooms, up)
                 try:
                     await up.wait()
                     task_status.started()
@@ -237,9 +280,10 @@ class Node:
         """Close the files of a node that was opened; `run` does it in the end."""
         await self.replica.aclose()
         await self.ledger.aclose()
+        await self._work.aclose()
         await self._database.aclose()
 
-    async def _work(self, up: trio.Event) -> None:
+    async def _run_rooms(self, up: trio.Event) -> None:
         """Run the rooms. Cancelling does not reach them before the good-byes are said."""
         async with trio.open_nursery() as nursery:
             nursery.cancel_scope.shield = True
@@ -248,6 +292,10 @@ class Node:
             self.offers.announce()
             await nursery.start(self.replica.run)
             nursery.start_soon(self.electorate.run)
+            await nursery.start(self.inputs.run)
+            await nursery.start(self.attempts.run)
+            nursery.start_soon(self.dispatcher.run)
+            nursery.start_soon(self.durable.run)
             await nursery.start(self.peers.run, self._listeners)
             nursery.start_soon(self.gossip.run)
             nursery.start_soon(self._keep_contact)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,11 @@ import trio
 
 from knode.errors import Code, KnodeError
 from knode.mesh.membership import Membership
-from knode.tasks.commands import ATTEMPTS, MAX_KEY, File, NewTask, task_digest
-from knode.tasks.leader import CANCEL, EFFECTS, EXPLAIN, LIST, SHOW, SUBMIT, WAIT, Leader
+from knode.tasks.commands import ATTEMPTS, MAX_KEY, NewTask, task_digest
+from knode.tasks.inputs import Fate, Inputs
+from knode.tasks.leader import CANCEL, EFFECTS, EXPLAIN, FATES, LIST, SHOW, SUBMIT, WAIT, Leader
 from knode.tasks.messages import (
+    AskFates,
     CancelTask,
     Effect,
     Explanation,
@@ -34,15 +36,16 @@ from knode.world import Log, Monotonic, World
 
 COMMIT_S = 5.0
 """How long a submit waits for its commit, and everything else for its answer."""
+FILES_S = 240.0
+"""How long its files may take to be held where they outlive this node."""
+REFRESH_EVERY_S = 900.0
+"""How often the holders of a pending task's files are told that it still waits."""
 KEY_LIVES_S = 24 * 3600.0
 LONGEST_DEADLINE_S = 30 * 86_400.0
 LISTED_TASKS = 1000
 LISTED_EFFECTS = 10_000
 FOLLOWED_AT_ONCE = 1024
 POLL_S = 25.0
-
-Hold = Callable[[bytes, Sequence[Path]], Awaitable[tuple[tuple[File, ...], tuple[bytes, ...]]]]
-"""Put a task's files where they outlive this node; return them, and who holds them all."""
 
 _NO_QUORUM = frozenset({Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT})
 _NO_MEMBER = frozenset({Code.KEY_REVOKED, Code.UNKNOWN_PEER})
@@ -82,16 +85,16 @@ class Durable:
         membership: Membership,
         leader: Leader,
         store: LedgerStore,
-        hold: Hold,
+        inputs: Inputs,
         outbox: Outbox,
         log: Log,
     ) -> None:
-        self.outbox = outbox
+        self._outbox = outbox
         self._world = world
         self._membership = membership
         self._leader = leader
         self._store = store
-        self._hold = hold
+        self._inputs = inputs
         self._log = log
         self._followed: dict[bytes, _Followed] = {}
         self._following = trio.Event()
@@ -101,8 +104,9 @@ class Durable:
     async def run(self) -> None:
         """Follow what is followed, and submit what is pending, until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.outbox.run, self._submit_again)
+            nursery.start_soon(self._outbox.run, self._submit_again)
             nursery.start_soon(self._follow_all)
+            nursery.start_soon(self._keep_files)
 
     async def submit(self, request: Request, *, keep: bool = True) -> TaskView | Waiting:
         """Submit a task, and return it when it is committed; what cannot be in 5 seconds is kept and pending.
@@ -119,7 +123,7 @@ class Durable:
         Cancelling leaves open whether it is done.
         """
         submit = await self._prepare(request)
-        pending = self.outbox.with_key(submit.key)
+        pending = self._outbox.with_key(submit.key)
         if pending is not None:
             if pending.digest != task_digest(submit.task):
                 raise _key_conflict(submit.key, pending.id)
@@ -135,7 +139,7 @@ class Durable:
                     f"it is not committed ({error.message}), but may still be, under the key {submit.key}",
                     f"submit it again with '--key {submit.key}': it is the same task then",
                 ) from error
-        return await self.outbox.keep(submit)
+        return await self._outbox.keep(submit)
 
     async def tasks(self) -> Found:
         """Return the tasks of the cell, newest first: the last thousand."""
@@ -207,10 +211,10 @@ class Durable:
         Raises:
             KnodeError: INVALID_ARGUMENT when it has ended, NOT_ALLOWED, NOT_FOUND, UNAVAILABLE.
         """
-        waiting = self.outbox.get(task)
+        waiting = self._outbox.get(task)
         if waiting is not None and waiting.is_pending:
-            await self.outbox.cancel(task)
-            return self.outbox.get(task) or waiting
+            await self._outbox.cancel(task)
+            return self._outbox.get(task) or waiting
         return await self._leader.ask(CANCEL, CancelTask(task), deadline=self._in(COMMIT_S))
 
     async def follow(self, task: bytes) -> AsyncIterator[TaskView | Waiting]:
@@ -234,7 +238,7 @@ class Durable:
                 self._ask_anew()
             while True:
                 changed = followed.changed
-                waiting = self.outbox.get(task)
+                waiting = self._outbox.get(task)
                 if waiting is not None:
                     yield waiting
                     if not waiting.is_pending:
@@ -260,7 +264,7 @@ class Durable:
         task = self._world.randomness.token(16)
         deadline_s = request.deadline_s or 0.0
         now = self._world.clock.wall()
-        files, holders = await self._hold(task, request.artifacts)
+        files, holders = await self._inputs.keep(task, request.artifacts, self._in(FILES_S))
         new = NewTask(
             agent=request.agent,
             input=request.input,
@@ -271,6 +275,30 @@ class Durable:
         )
         not_after = now + round(1000 * max(KEY_LIVES_S, deadline_s))
         return SubmitTask(task, request.key or task.hex(), not_after, new, holders)
+
+    async def fates(self, tasks: Sequence[bytes]) -> Mapping[bytes, Fate]:
+        """Return what became of tasks, for who holds their files; UNAVAILABLE.
+
+        A task that is pending here lives.
+        """
+        pending = {row.id for row in self._outbox.rows() if row.is_pending}
+        asked = tuple(task for task in tasks if task not in pending)
+        answer = await self._leader.ask(FATES, AskFates(asked), deadline=self._in(COMMIT_S))
+        return {
+            **dict.fromkeys(asked, Fate.UNKNOWN),
+            **dict.fromkeys(answer.live, Fate.LIVE),
+            **dict.fromkeys(answer.over, Fate.OVER),
+            **{task: Fate.LIVE for task in tasks if task in pending},
+        }
+
+    async def _keep_files(self) -> None:
+        """Tell the holders of pending tasks' files that they still wait."""
+        while True:
+            await trio.sleep(REFRESH_EVERY_S)
+            for row in self._outbox.rows():
+                if row.is_pending:
+                    request = await self._outbox.read(row.id)
+                    await self._inputs.refresh(row.id, request.task.files, request.holders)
 
     async def _submit_again(self, request: SubmitTask, is_cancelled: bool) -> None:
         view = await self._leader.ask(SUBMIT, request, deadline=self._in(COMMIT_S))
@@ -297,7 +325,7 @@ class Durable:
             asked = {
                 task: followed
                 for task, followed in self._followed.items()
-                if self.outbox.get(task) is None and not followed.is_settled
+                if self._outbox.get(task) is None and not followed.is_settled
             }
             if not asked:
                 await self._following.wait()

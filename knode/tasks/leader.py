@@ -24,12 +24,14 @@ from knode.mesh.roster import Member
 from knode.tasks.commands import Fence
 from knode.tasks.messages import (
     AskAttempt,
+    AskFates,
     AttemptReport,
     CancelTask,
     CompleteAttempt,
     Effects,
     Explanation,
     FailAttempt,
+    Fates,
     ListEffects,
     ListTasks,
     Settled,
@@ -88,6 +90,7 @@ EXPLAIN = Question("task.explain", ShowTask, Explanation)
 EFFECTS = Question("task.effects", ListEffects, Effects)
 COMPLETE = Question("task.complete", CompleteAttempt, Settled)
 FAIL = Question("task.fail", FailAttempt, Settled)
+FATES = Question("task.fates", AskFates, Fates)
 CURRENT = Question("task.current", AskAttempt, Settled)
 
 

@@ -259,6 +259,20 @@ class Settled(msgspec.Struct, frozen=True, array_like=True):
     """False: the fence was stale, and nothing of it took effect."""
 
 
+class AskFates(msgspec.Struct, frozen=True, array_like=True):
+    """`task.fates`, from members that hold files: which of these tasks live, and which have ended? Answered
+    by `Fates`; of those that are in neither the ledger knows nothing."""
+
+    tasks: Annotated[tuple[TaskId, ...], msgspec.Meta(max_length=MAX_VIEWS)]
+
+
+class Fates(msgspec.Struct, frozen=True, array_like=True):
+    """What became of tasks."""
+
+    live: Annotated[tuple[TaskId, ...], msgspec.Meta(max_length=MAX_VIEWS)]
+    over: Annotated[tuple[TaskId, ...], msgspec.Meta(max_length=MAX_VIEWS)]
+
+
 class AskAttempt(msgspec.Struct, frozen=True, array_like=True):
     """`task.current`, worker to leader, of an attempt that outlived its worker's process: does the ledger
     still wait for it? Answered by a `Settled`."""

@@ -185,7 +185,7 @@ class Outbox:
                 why = "no quorum of voters was there until its key expired"
                 await self._end(row, Code.EXPIRED, f"{why}; it may still have been done just before")
                 return
-            request = await self._read(row.id)
+            request = await self.read(row.id)
             try:
                 await submit(request, self._rows[row.id].is_cancelled)
             except KnodeError as error:
@@ -200,7 +200,9 @@ class Outbox:
         except KnodeError as error:  # of the disk: it is as it was
             self._log.warning("the outbox cannot be written", task=row.id.hex(), why=str(error))
 
-    async def _read(self, task: bytes) -> SubmitTask:
+    async def read(self, task: bytes) -> SubmitTask:
+        """Return a submit that is kept, with its input."""
+
         def read(connection: apsw.Connection) -> Any:
             return connection.execute("SELECT request FROM outbox WHERE id = ?", (task,)).fetchall()
 

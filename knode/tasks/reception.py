@@ -25,6 +25,7 @@ from knode.tasks.leader import (
     EFFECTS,
     EXPLAIN,
     FAIL,
+    FATES,
     LIST,
     SHOW,
     SUBMIT,
@@ -37,6 +38,7 @@ from knode.tasks.messages import (
     MAX_EFFECTS,
     MAX_VIEWS,
     AskAttempt,
+    AskFates,
     AttemptReport,
     CancelTask,
     CompleteAttempt,
@@ -44,6 +46,7 @@ from knode.tasks.messages import (
     Effects,
     Explanation,
     FailAttempt,
+    Fates,
     ListEffects,
     ListTasks,
     Seen,
@@ -102,6 +105,7 @@ class Reception:
         leader.answer(COMPLETE, self._complete)
         leader.answer(FAIL, self._fail)
         leader.answer(CURRENT, self._is_current)
+        leader.answer(FATES, self._fates)
 
     # What changes the ledger.
 
@@ -275,6 +279,15 @@ class Reception:
             effects.append(Effect(operation.number, operation.task, operation.attempt, operation.data))
         is_last = len(operations) < SCANNED_AT_ONCE
         return Effects(tuple(effects), None if is_last else operations[-1].number)
+
+    async def _fates(self, asked: Asked, request: AskFates) -> Fates:
+        await self._replica.barrier(deadline=asked.deadline)
+        self._check_leads()
+        over = list[bytes]()
+        for task in request.tasks:
+            if task not in self._store.live and await self._store.task(task) is not None:
+                over.append(task)
+        return Fates(tuple(task for task in request.tasks if task in self._store.live), tuple(over))
 
     async def _wait(self, asked: Asked, request: WaitForTasks) -> Views:
         self._check_leads()

@@ -92,6 +92,9 @@ class Task:
             "error": error,
             "direct": True,
             "submitted": self.submitted,
+            "submitter": None,
+            "deadline": None,
+            "confirmed": True,
         }
 
     def _move(self, event: Event) -> None:

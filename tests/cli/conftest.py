@@ -56,6 +56,7 @@ METHODS = [
     *("member.list", "member.role", "member.revoke", "member.rotate", "member.recover", "logs.tail"),
     *("agent.list", "agent.show", "agent.install", "agent.start", "agent.stop"),
     *("task.submit", "task.list", "task.show", "task.watch", "task.cancel"),
+    *("task.explain", "task.effects"),
 ]
 
 

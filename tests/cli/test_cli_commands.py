@@ -116,7 +116,7 @@ def test_json_is_the_daemon_s_document(knode: Any, daemon: Any) -> None:
     daemon.results["task.list"] = [TASK]
     assert json.loads(knode("task", "list", "--json").out) == [TASK]
     assert knode("task", "list").out.splitlines()[1].split() == [
-        *("01TASK", "kExecutor:text", "succeeded", "12D3KooWAAAABBBB", "-")
+        *("01TASK", "kExecutor:text", "succeeded", "1", "12D3KooWAAAABBBB", "-")
     ]
 
 
@@ -134,8 +134,54 @@ def test_a_submitted_task_carries_its_arguments(knode: Any, daemon: Any, tmp_pat
         "on": "pi",
         "direct": True,
         "deadline_s": 2.5,
+        "outbox": True,
         "wait": False,
     }
+    knode("task", "submit", "kExecutor:text", "--key", "k", "--no-outbox")
+    asked = last_params(daemon)
+    assert (asked["key"], asked["outbox"], asked["direct"]) == ("k", False, False)
+
+
+@pytest.mark.parametrize("deadline", ["0", "-5", "nan", "inf"])
+def test_a_deadline_that_does_not_lie_ahead_is_refused(knode: Any, daemon: Any, deadline: str) -> None:
+    run = knode("task", "submit", "a", "--deadline", deadline, "--json")
+    assert (run.code, json.loads(run.out)["error"]["code"]) == (2, "INVALID_ARGUMENT")
+    assert knode("task", "submit", "a", "--deadline", "soon").code == 2
+    assert daemon.asked == []
+
+
+def test_a_pending_task_is_no_failure_and_says_how_to_follow_it(knode: Any, daemon: Any) -> None:
+    daemon.results["task.submit"] = {**TASK, "state": "pending"}
+    run = knode("task", "submit", "a")
+    assert (run.code, run.out) == (0, "01TASK\n")
+    assert run.err.startswith("pending: ")
+    assert run.err.endswith("next: knode task watch 01TASK\n")
+
+
+def test_what_nobody_confirmed_is_shown_with_a_warning(knode: Any, daemon: Any) -> None:
+    note = {"note": "no leader answers"}
+    daemon.steps["task.list"] = daemon.steps["task.show"] = [note]
+    daemon.results["task.list"], daemon.results["task.show"] = [TASK], TASK
+    for words in (["task", "list"], ["task", "show", "01"]):
+        run = knode(*words, "--json", "--quiet")
+        assert (run.code, run.err) == (0, "note: no leader answers\n")
+
+
+def test_an_explanation_shows_every_node_and_effects_every_operation(knode: Any, daemon: Any) -> None:
+    seen = [{"node": "pi", "score": 100, "why": None}, {"node": "nas", "score": None, "why": "its role"}]
+    daemon.results["task.explain"] = {
+        "task": {**TASK, "state": "queued"},
+        "waits_for": "a free place",
+        "considered": [],
+        "now": seen,
+    }
+    lines = knode("task", "explain", "01").out.splitlines()
+    assert ["waits", "for", "a", "free", "place"] in [line.split() for line in lines]
+    assert [line.split() for line in lines[-2:]] == [["pi", "100", "-"], ["nas", "-", "its", "role"]]
+    daemon.results["task.effects"] = [{"sequence": 7, "task": "01TASK", "attempt": 1, "operation": "x"}]
+    assert knode("task", "effects").out.splitlines()[1].split() == ["7", "01TASK", "1", "x"]
+    knode("task", "effects", "01")
+    assert last_params(daemon) == {"task": "01"}
 
 
 def test_input_comes_from_a_file(knode: Any, daemon: Any, tmp_path: Path) -> None:
@@ -228,12 +274,14 @@ def test_a_role_that_is_none_is_answered_with_those_that_are(
 def test_wait_exits_by_the_task_s_error_unless_it_succeeded(
     knode: Any, daemon: Any, state: str, code: str, exit_code: int
 ) -> None:
-    task = {**TASK, "state": state, "result": None, "error": {"code": code, "message": "why"}}
+    task = {**TASK, "state": state, "result": None, "error": {"code": code, "message": "why"}, "direct": True}
     daemon.results["task.submit"] = task
     run = knode("task", "submit", "a", "--wait")
     assert (run.code, run.out) == (exit_code, "")
     assert run.err.splitlines()[0] == f"task 01TASK {state}: {code} why"
     assert json.loads(knode("task", "submit", "a", "--wait", "--json").out) == task
+    daemon.results["task.submit"] = {**task, "direct": False}
+    assert knode("task", "submit", "a", "--wait").code == 1
 
 
 def test_an_unknown_outcome_is_explained(knode: Any, daemon: Any) -> None:

@@ -39,6 +39,8 @@ NEEDS = {
     "task.show": {"task": "t"},
     "task.watch": {"task": "t"},
     "task.cancel": {"task": "t"},
+    "task.explain": {"task": "t"},
+    "task.effects": {},
     "logs.tail": {},
 }
 
@@ -372,12 +374,42 @@ async def test_without_wait_the_answer_comes_at_once(autojump_clock: MockClock, 
     assert (await daemon.call("task.cancel", task=begun["id"]))["state"] == "cancelled"
 
 
-async def test_a_durable_task_is_refused_with_the_flag_to_add(autojump_clock: MockClock, cell: Cell) -> None:
+async def test_a_durable_task_goes_on_when_who_waited_has_gone(autojump_clock: MockClock, cell: Cell) -> None:
     daemon = Daemon(await cell.add("desk"))
-    with pytest.raises(KnodeError) as caught:
-        await daemon.call("task.submit", agent=TEXT)
-    assert caught.value.code is Code.UNAVAILABLE
-    assert "--direct" in caught.value.next_step
+    with trio.move_on_after(5) as waiting:
+        await daemon.call("task.submit", agent=COMMAND, input="sleep 50\nsay done", wait=True, key="k")
+    assert waiting.cancelled_caught
+    [task] = await daemon.call("task.list")
+    assert (task["state"], task["attempt"], task["node"], task["key"]) == ("assigned", 1, "desk", "k")
+    again = await daemon.call("task.submit", agent=COMMAND, input="sleep 50\nsay done", wait=True, key="k")
+    assert (again["id"], again["state"], again["result"]) == (task["id"], "succeeded", "done")
+    assert again == await daemon.call("task.watch", task=task["id"][:8])
+    assert await daemon.call("task.list") == [again]
+    for method in ("task.show", "task.watch", "task.cancel", "task.explain", "task.effects"):
+        await daemon.refused(Code.NOT_FOUND, method, task="0" * 32)
+
+
+async def test_direct_and_durable_tasks_stand_together_in_the_order_of_their_submission(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    daemon = Daemon(await cell.add("desk"))
+    ids = []
+    for is_direct in (True, False, True, False):
+        ids.append((await daemon.call("task.submit", agent=COMMAND, direct=is_direct, wait=True))["id"])
+        await trio.sleep(1)
+    listed = await daemon.call("task.list")
+    assert [task["id"] for task in listed] == ids[::-1]
+    assert [task["direct"] for task in listed] == [False, True, False, True]
+    keys = {"id", "agent", "state", "attempt", "node", "key", "result", "error", "direct", "submitted"}
+    assert all(keys <= set(task) for task in listed)
+    for task in listed:
+        assert (await daemon.call("task.show", task=task["id"]))["id"] == task["id"]
+    await daemon.refused(Code.INVALID_ARGUMENT, "task.explain", task=ids[0])
+    explained = await daemon.call("task.explain", task=ids[1])
+    assert (explained["task"]["id"], explained["waits_for"]) == (ids[1], None)
+    assert [(one["node"], one["why"]) for one in explained["considered"]] == [("desk", None)]
+    for wrong in ({"key": "k"}, {"outbox": False}):
+        await daemon.refused(Code.INVALID_ARGUMENT, "task.submit", agent=COMMAND, direct=True, **wrong)
 
 
 async def test_who_waited_and_went_away_has_the_task_cancelled(autojump_clock: MockClock, cell: Cell) -> None:

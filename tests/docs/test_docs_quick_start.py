@@ -224,7 +224,7 @@ def test_documents_have_the_shape_that_the_page_shows(played: Played) -> None:
         "knode member revoke": home.call("member.revoke", node="third"),
         "knode agent list": home.call("agent.list"),
         "knode agent show": home.call("agent.show", agent="kExecutor:python"),
-        "knode task submit": home.call("task.submit", agent="kExecutor:python", direct=True, wait=True),
+        "knode task submit": home.call("task.submit", agent="kExecutor:python", key="k", wait=True),
         "knode config list": home.document("config", "list"),
         "knode config set": home.document("config", "set", "log.level", "debug"),
         "knode down": third.document("down"),

@@ -232,7 +232,7 @@ def _settled(session: Session, document: dict[str, Any]) -> int:
             "Nobody can say whether it ran: the answer of its node was lost, or the node started anew.\n"
             "next: submit it again only if running it twice does no harm"
         )
-    if not document["direct"]:
+    if not document.get("direct"):
         return EXIT_FAILED
     code = error.get("code", "")
     return TABLE[Code(code)].exit_code if code in Code.__members__ else EXIT_FAILED
