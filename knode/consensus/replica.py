@@ -601,14 +601,16 @@ class Replica:
         if member is None or member.id.raw != member_of(envelope.message.source):
             raise KnodeError(Code.NOT_ALLOWED, "a member speaks for another one's replica")
 
-    def _may_vote(self, key: PublicKey) -> bool:
-        """Tell whether this key's member has a role that votes. Whoever is heard could lead."""
+    def _is_heard(self, life: _Life, key: PublicKey) -> bool:
+        """Tell whether this member may vote, or is named still: whoever is heard could lead."""
         member = self._membership.roster.holders.get(key.raw)
-        return member is not None and member.role in VOTING_ROLES
+        if member is None or member.role in VOTING_ROLES:
+            return member is not None
+        return member.id.raw in map(member_of, everyone(life.driver.raft.configuration))
 
     def _counts(self, life: _Life, key: PublicKey, envelope: Envelope) -> bool:
-        """Tell whether it is from who may vote, of this incarnation, and for this replica."""
-        if not self._may_vote(key):
+        """Tell whether it is from who is heard, of this incarnation, and for this replica."""
+        if not self._is_heard(life, key):
             self.dropped["no voting role"] += 1
             return False
         if envelope.incarnation != life.standing.incarnation.hash:
@@ -662,7 +664,7 @@ class Replica:
     def _take_refusal(self, key: PublicKey, body: bytes) -> None:
         refused = refusals.decode(body)
         life = self._life
-        if life is not None and refused.replica == life.standing.replica_id and self._may_vote(key):
+        if life is not None and refused.replica == life.standing.replica_id and self._is_heard(life, key):
             self._queue(refused)
 
     def _lose(self, peer: Peer) -> None:
