@@ -33,14 +33,22 @@ def check(configuration: Configuration) -> None:
         raise ValueError("nobody is voter and learner")
 
 
+def is_sound(configuration: Configuration) -> bool:
+    """Whether `check` has nothing against it."""
+    try:
+        check(configuration)
+    except ValueError:
+        return False
+    return True
+
+
 def decoded(data: bytes) -> Configuration | None:
     """Return the configuration that an entry holds; None when it holds none."""
     try:
         configuration = _decoder.decode(data)
-        check(configuration)
-    except (KnodeError, ValueError):
+    except KnodeError:
         return None
-    return configuration
+    return configuration if is_sound(configuration) else None
 
 
 def encoded(configuration: Configuration) -> bytes:

@@ -95,7 +95,7 @@ class Leadership:
 
     def read(self) -> int:
         """Begin a read; see `Raft.read`."""
-        if len(self._reads) >= self._settings.max_reads:
+        if len(self._reads) + len(self._confirmed) >= self._settings.max_reads:
             raise QueueFull
         self.last_read += 1
         self._reads.append(ReadReady(self.last_read, self._read_index()))
@@ -236,6 +236,7 @@ class Leadership:
         before = log.committed
         log.commit_to(index)
         self._uncommitted_bytes -= log.size_between(before, index)
+        assert self._uncommitted_bytes >= 0, "what is committed was counted"
         if before < log.configuration_index <= index:
             self._follow_configuration()
         if self._joint_is_to_be_left():

@@ -464,7 +464,10 @@ class Raft:
         return term == self.term
 
     def _count_vote(self, voter: ReplicaId, *, granted: bool) -> None:
-        """The first answer of each counts."""
+        """The first answer of each counts, of those who were asked."""
+        asked = {self.id, *self._other_voters()}
+        if voter not in asked:
+            return
         self._votes.setdefault(voter, granted)
         configuration = self._log.configuration
         if quorum.is_quorum(configuration, {voter for voter, yes in self._votes.items() if yes}):
@@ -474,7 +477,7 @@ class Raft:
                 self._become_leader()
             return
         refused = {voter for voter, yes in self._votes.items() if not yes}
-        if not quorum.is_quorum(configuration, {self.id, *self._other_voters()} - refused):
+        if not quorum.is_quorum(configuration, asked - refused):
             self._become_follower(self.term)
 
     def _become_leader(self) -> None:
@@ -586,7 +589,7 @@ class Raft:
         if not self._heard_leader(message.source):
             return
         snapshot = message.snapshot
-        if snapshot.term > message.term:
+        if snapshot.term > message.term or not configurations.is_sound(snapshot.configuration):
             self._contradictions += 1
             return
         if self._wants_snapshot(snapshot):

@@ -8,6 +8,7 @@ from lone_core import A, B, C, Lone, commands, only, voters
 from knode.consensus.messages import (
     Append,
     AppendReply,
+    Configuration,
     Entry,
     Heartbeat,
     HeartbeatReply,
@@ -179,11 +180,12 @@ def test_a_snapshot_that_the_appends_overtook_only_commits() -> None:
     assert core.hear(snapshot_to(core, 2, 1)) == [AppendReply(2, A, B, 3, True, 0, 0)]
 
 
-def test_snapshots_of_an_old_leader_or_of_a_term_to_come_are_refused() -> None:
+def test_snapshots_of_an_old_leader_and_such_as_no_leader_sends_are_refused() -> None:
     core = Lone(THREE, term=5)
     assert core.hear(snapshot_to(core, 8, 2)) == [AppendReply(5, A, B, 0, False, 0, 0)]
     assert core.hear(snapshot_to(core, 8, 7, of=6)) == []
-    assert (core.raft.first_index, core.raft.contradictions) == (1, 1)
+    assert core.hear(InstallSnapshot(6, B, A, Snapshot(8, 2, Configuration((B, A))))) == []
+    assert (core.raft.first_index, core.raft.contradictions) == (1, 2)
 
 
 def test_who_stands_follows_a_leader_of_its_term() -> None:

@@ -406,6 +406,17 @@ def test_reads_are_bounded_and_those_of_an_ended_leadership_never_come() -> None
     assert core.reads == []
 
 
+def test_reads_that_are_confirmed_and_not_taken_count_as_well() -> None:
+    core = Lone(voters(A), settings=Settings(max_reads=2))
+    core.tick()
+    core.raft.read()
+    core.raft.read()
+    with pytest.raises(QueueFull):
+        core.raft.read()
+    core.work()
+    core.raft.read()
+
+
 # Transfer
 
 
