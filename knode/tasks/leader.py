@@ -17,6 +17,7 @@ from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
 from knode.klp.codec import Decoder, encode
 from knode.klp.messages import Context
+from knode.mesh.liveness import PeerState
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peers import Peers
@@ -45,6 +46,8 @@ from knode.world import Monotonic, World
 
 ASKING_AT_ONCE = 48
 """Questions of this node that another may be answering; it takes 64 of one peer."""
+FIND_S = 1.0
+"""How long it looks for a leader before it asks itself whether others still take it for a member."""
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
 
@@ -134,8 +137,8 @@ class Leader:
 
         Raises:
             KnodeError: UNAVAILABLE: nobody took the question. UNKNOWN: somebody may have, and what it asks
-                for may still be done. KEY_REVOKED, UNKNOWN_PEER: this node is no member. Else what the
-                leader answered.
+                for may still be done. KEY_REVOKED, UNKNOWN_PEER: this node is no member, as it or who it
+                can reach knows. Else what the leader answered.
 
         Cancelling leaves open whether it is done.
         """
@@ -144,11 +147,14 @@ class Leader:
         was_asked = False
         while True:
             try:
-                leader = await self._replica.find_leader(deadline=deadline)
+                until = Monotonic(min(deadline, self._world.clock.monotonic() + FIND_S))
+                leader = await self._replica.find_leader(deadline=until)
                 return await self._ask(leader, question, body, deadline)
             except KnodeError as error:
                 if error.code not in _ASK_AGAIN:
                     raise
+                if (refusal := self._shut_out()) is not None:
+                    raise refusal from error
                 was_asked = was_asked or error.code is not Code.UNAVAILABLE
                 left_s = deadline - self._world.clock.monotonic()
                 if left_s <= 0:
@@ -210,6 +216,13 @@ class Leader:
         if answered:
             return question.decoder.decode(answered[0])
         raise failed[0] if failed else KnodeError(Code.UNKNOWN, "the leader was lost while it worked")
+
+    def _shut_out(self) -> KnodeError | None:
+        """Return why other members do not take this node for one, when nobody else is here."""
+        members = self._peers.members()
+        if any(peer.state is PeerState.ALIVE for peer in members):
+            return None
+        return next((peer.refusal for peer in members if peer.shuts_out), None)
 
     async def _until_another_leads(self, leader_before: Member | None) -> None:
         """Return when somebody else is known to lead."""

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
+import pytest
 import trio
-from memory_cell import COMMAND, Cell, Host
+from memory_cell import COMMAND, TEXT, Cell, Host
 from trio.testing import MockClock
 
+from knode.consensus.electorate import Votes
+from knode.errors import Code, KnodeError
+from knode.identity import PublicKey
+from knode.mesh.statements import Role
+from knode.tasks.commands import Bundle, Fence, NewTask
 from knode.tasks.durable import Request
+from knode.tasks.leader import COMPLETE, FAIL, SUBMIT
 from knode.tasks.lifecycle import State
-from knode.tasks.messages import TaskView
+from knode.tasks.messages import CompleteAttempt, FailAttempt, SubmitTask, TaskView
 from knode.tasks.outbox import Waiting
+from knode.world import Monotonic
+
+THREE = ("desk", "attic", "barn")
 
 
 async def submit(host: Host, line: str = "", agent: str = COMMAND, **rest: object) -> TaskView:
@@ -47,3 +59,350 @@ async def test_every_node_submits_and_every_node_runs(autojump_clock: MockClock,
     found = await hosts[1].node.durable.tasks()
     assert found.is_confirmed
     assert len(found.tasks) == 9
+
+
+async def three(cell: Cell, **settings: str) -> list[Host]:
+    """Three nodes that all vote."""
+    hosts = [await cell.add(name, **settings) for name in THREE]
+    await cell.until(lambda: all(votes(hosts[0], host) for host in hosts))
+    return hosts
+
+
+def votes(judge: Host, host: Host) -> bool:
+    node = judge.node
+    return node.electorate.votes(node.membership.roster.find(host.name)) is Votes.VOTER
+
+
+def leader_of(hosts: list[Host]) -> Host:
+    [leader] = [host for host in hosts if host.running is not None and host.node.dispatcher.leads]
+    return leader
+
+
+async def until_led(cell: Cell, hosts: list[Host]) -> Host:
+    await cell.until(lambda: any(h.running is not None and h.node.dispatcher.leads for h in hosts))
+    return leader_of(hosts)
+
+
+async def refusal(answer: Awaitable[object]) -> Code:
+    with pytest.raises(KnodeError) as refused:
+        await answer
+    return refused.value.code
+
+
+async def test_a_batch_outlives_its_leader_and_each_task_ends_once(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = await three(cell)
+    first = leader_of(hosts)
+    others = [host for host in hosts if host is not first]
+    ids = [(await submit(host, f"sleep 1\nsay {n}")).id for n in range(10) for host in others]
+    await cell.crash(first)
+    led = await until_led(cell, others)
+    assert led is not first
+    ended = [await settled(others[n % 2], task) for n, task in enumerate(ids)]
+    assert [view.result for view in ended] == [str(n // 2).encode() for n in range(20)]
+    assert {view.state for view in ended} == {State.SUCCEEDED}
+    await cell.start(first)
+    await cell.until(lambda: first.node.replica.leader() is not None)
+    found = await first.node.durable.tasks()
+    assert {view.id: view.result for view in found.tasks} == {view.id: view.result for view in ended}
+    await cell.until(lambda: len(first.node.attempts) == 0)
+
+
+async def test_a_submit_is_acknowledged_soon_after_the_leader_is_lost(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = await three(cell)
+    first = leader_of(hosts)
+    other = next(host for host in hosts if host is not first)
+    await cell.crash(first)
+    began = trio.current_time()
+    assert (await submit(other, "say x")).state in (State.ASSIGNED, State.QUEUED, State.SUCCEEDED)
+    assert trio.current_time() - began < 3
+
+
+async def test_the_same_key_is_the_same_task_and_with_other_input_a_conflict(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = await three(cell)
+    desk, attic = hosts[0], hosts[1]
+    first = await submit(desk, "say a", key="k")
+    assert (await submit(desk, "say a", key="k")).id == first.id
+    assert await refusal(submit(desk, "say b", key="k")) is Code.KEY_CONFLICT
+    await settled(desk, first.id)
+    again = await submit(desk, "say a", key="k")
+    assert (again.id, again.state, again.result) == (first.id, State.SUCCEEDED, b"a")
+    other = await submit(attic, "say b", key="k")
+    assert other.id != first.id
+
+
+async def test_without_a_quorum_a_submit_is_pending_and_done_once_when_it_is_back(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = await three(cell)
+    desk, others = hosts[0], hosts[1:]
+    done = await settled(desk, (await submit(desk, "say before")).id)
+    for host in others:
+        await cell.crash(host)
+    began = trio.current_time()
+    waiting = await desk.node.durable.submit(Request(COMMAND, b"say after", key="k"))
+    assert isinstance(waiting, Waiting)
+    assert 5 <= trio.current_time() - began < 8
+    assert (await desk.node.durable.submit(Request(COMMAND, b"say after", key="k"))).id == waiting.id
+    assert await refusal(submit(desk, "say other", key="k")) is Code.KEY_CONFLICT
+    with pytest.raises(KnodeError, match="under the key sure") as refused:
+        await desk.node.durable.submit(Request(COMMAND, b"say sure", key="sure"), keep=False)
+    assert refused.value.code is Code.UNAVAILABLE
+    known = await desk.node.durable.tasks()
+    assert not known.is_confirmed
+    assert [view.id for view in known.tasks] == [done.id]
+    shown = await desk.node.durable.show(done.id.hex()[:8])
+    assert (shown.is_confirmed, shown.tasks[0].result) == (False, b"before")
+
+    await cell.stop(desk)
+    await cell.start(desk)
+    assert [row.id for row in desk.node.outbox.rows()] == [waiting.id]
+    for host in others:
+        await cell.start(host)
+    ended = await settled(desk, waiting.id)
+    assert (ended.state, ended.result, ended.key) == (State.SUCCEEDED, b"after", "k")
+    assert desk.node.outbox.rows() == []
+    everything = await desk.node.durable.tasks()
+    assert everything.is_confirmed
+    assert [view.key for view in everything.tasks].count("k") == 1
+
+
+async def test_a_pending_task_is_cancelled_when_the_quorum_is_back(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = await three(cell)
+    desk, others = hosts[0], hosts[1:]
+    for host in others:
+        await cell.crash(host)
+    waiting = await desk.node.durable.submit(Request(COMMAND, b"sleep 100"))
+    assert isinstance(await desk.node.durable.cancel(waiting.id), Waiting)
+    for host in others:
+        await cell.start(host)
+    assert (await settled(desk, waiting.id)).state is State.CANCELLED
+
+
+async def test_what_a_lost_worker_had_runs_elsewhere_and_its_late_end_is_stale(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = await three(cell)
+    leader = leader_of(hosts)
+    worker = next(host for host in hosts if host is not leader)
+    for name in (leader.name, next(h.name for h in hosts if h not in (leader, worker))):
+        for _ in range(2):
+            await submit(leader, "sleep 5", on=name)
+    view = await submit(leader, "sleep 20\nsay done")
+    holder = worker
+    assert view.member == holder.node.key.public.raw
+    await cell.crash(holder)
+    await cell.until(lambda: leader.node.ledger.live[view.id].attempt == 2)
+    assert leader.node.ledger.live[view.id].charged == 1
+    await cell.start(holder)
+    ended = await settled(leader, view.id)
+    assert (ended.state, ended.attempt, ended.result) == (State.SUCCEEDED, 2, b"done")
+    await cell.until(lambda: len(holder.node.attempts) == 0)
+
+
+async def test_a_worker_that_is_stopped_loses_its_attempts_at_once_and_uncharged(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = await three(cell)
+    leader = leader_of(hosts)
+    worker = next(host for host in hosts if host is not leader)
+    for name in (leader.name, next(h.name for h in hosts if h not in (leader, worker))):
+        for _ in range(2):
+            await submit(leader, "sleep 5", on=name)
+    view = await submit(leader, "sleep 20\nsay done")
+    assert view.member == worker.node.key.public.raw
+    began = trio.current_time()
+    await cell.stop(worker)
+    await cell.until(lambda: leader.node.ledger.live[view.id].attempt == 2)
+    assert leader.node.ledger.live[view.id].charged == 0
+    assert trio.current_time() - began < 7
+    ended = await settled(leader, view.id)
+    assert (ended.state, ended.attempt) == (State.SUCCEEDED, 2)
+
+
+async def test_more_than_fit_wait_in_the_order_of_submission(autojump_clock: MockClock, cell: Cell) -> None:
+    desk = await cell.add("desk")
+    views = [await submit(desk, "sleep 10") for _ in range(6)]
+    assert [view.state for view in views] == [State.ASSIGNED] * 2 + [State.QUEUED] * 4
+    explained = await desk.node.durable.explain(views[-1].id)
+    assert "free place" in explained.waits_for
+    assert "2 attempts" in explained.now[0].why
+    await cell.until(lambda: desk.node.ledger.live[views[2].id].state is State.ASSIGNED)
+    assert [desk.node.ledger.live[view.id].state for view in views[2:]] == [
+        *[State.ASSIGNED] * 2,
+        *[State.QUEUED] * 2,
+    ]
+    for view in views:
+        assert (await settled(desk, view.id)).state is State.SUCCEEDED
+    assert desk.sandbox.most_at_once == 2
+
+
+async def test_a_task_for_a_node_that_is_away_waits_for_it(autojump_clock: MockClock, cell: Cell) -> None:
+    desk = await cell.add("desk")
+    attic = await cell.add("attic")
+    await cell.crash(attic)
+    await cell.until(lambda: desk.node.peers.peer(members_key(desk, "attic")).state == "failed")
+    view = await submit(desk, "say there", on="attic")
+    assert view.state is State.QUEUED
+    explained = await desk.node.durable.explain(view.id)
+    assert {one.why for one in explained.now} == {"another node was asked for", "it is failed"}
+    await cell.start(attic)
+    ended = await settled(desk, view.id)
+    assert (ended.state, ended.member) == (State.SUCCEEDED, attic.node.key.public.raw)
+
+
+def members_key(host: Host, name: str) -> PublicKey:
+    return host.node.membership.roster.find(name).key
+
+
+async def test_a_cancelled_task_stops_where_it_runs(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    view = await submit(attic, "sleep 100", on="attic")
+    await cell.until(lambda: attic.sandbox.running != [])
+    cancelled = await attic.node.durable.cancel(view.id)
+    assert isinstance(cancelled, TaskView)
+    assert (cancelled.state, cancelled.code) == (State.CANCELLED, "CANCELLED")
+    await cell.until(lambda: attic.sandbox.running == [] and attic.sandbox.cancelled != [])
+    assert await refusal(attic.node.durable.cancel(view.id)) is Code.INVALID_ARGUMENT
+    assert await refusal(desk.node.durable.cancel(bytes(16))) is Code.NOT_FOUND
+
+
+async def test_only_the_submitter_and_admins_cancel(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic, barn = [await cell.add(name) for name in THREE]
+    view = await submit(attic, "sleep 100")
+    assert await refusal(barn.node.durable.cancel(view.id)) is Code.NOT_ALLOWED
+    await desk.node.durable.cancel(view.id)
+    assert (await settled(barn, view.id)).state is State.CANCELLED
+
+
+async def test_a_deadline_ends_a_task_queued_or_running(autojump_clock: MockClock, cell: Cell) -> None:
+    desk = await cell.add("desk")
+    running = [await submit(desk, "sleep 100", deadline_s=5.0) for _ in range(2)]
+    queued = await submit(desk, "say x", deadline_s=3.0)
+    began = trio.current_time()
+    ended = await settled(desk, queued.id)
+    assert (ended.state, ended.attempt, ended.code) == (State.EXPIRED, 0, "EXPIRED")
+    assert trio.current_time() - began == pytest.approx(3, abs=0.5)
+    for view in running:
+        assert (await settled(desk, view.id)).state is State.EXPIRED
+    assert trio.current_time() - began == pytest.approx(5, abs=0.5)
+    await cell.until(lambda: desk.sandbox.running == [])
+
+
+async def test_progress_is_seen_from_every_node(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, _, barn = await three(cell)
+    view = await submit(desk, "report 0.5 half\nsleep 5\nreport 0.9 most\nsleep 5", on="attic")
+    seen = [
+        state.report.text
+        async for state in barn.node.durable.follow(view.id)
+        if isinstance(state, TaskView) and state.report is not None
+    ]
+    assert seen[0] == "half"
+    assert seen[-1] == "most"
+
+
+async def test_an_agent_that_fails_ends_its_task_with_its_words(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk = await cell.add("desk")
+    ended = await settled(desk, (await submit(desk, "die 3")).id)
+    assert (ended.state, ended.code, ended.attempt) == (State.FAILED, Code.AGENT_FAILED, 1)
+    assert "its last words" in ended.message
+    again = await settled(desk, (await submit(desk, "die 75")).id)
+    assert (again.state, again.attempt) == (State.FAILED, 3)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (Request("kExecutor:nowhere"), Code.NO_ELIGIBLE_NODE),
+        (Request("no name of an agent"), Code.NO_ELIGIBLE_NODE),
+        (Request(TEXT, b"x" * (192 * 1024 + 1)), Code.TOO_LARGE),
+        (Request(TEXT, deadline_s=-1.0), Code.INVALID_ARGUMENT),
+        (Request(TEXT, deadline_s=0.0), Code.INVALID_ARGUMENT),
+        (Request(TEXT, deadline_s=float("nan")), Code.INVALID_ARGUMENT),
+        (Request(TEXT, deadline_s=31 * 86_400.0), Code.INVALID_ARGUMENT),
+        (Request(TEXT, key=""), Code.INVALID_ARGUMENT),
+        (Request(TEXT, key="k" * 129), Code.INVALID_ARGUMENT),
+        (Request(TEXT, on="nobody"), Code.NOT_FOUND),
+        (Request("kExecutor:nowhere", on="desk"), Code.NO_ELIGIBLE_NODE),
+    ],
+)
+async def test_bad_input_is_refused_by_name(
+    autojump_clock: MockClock, cell: Cell, request_: Request, code: Code
+) -> None:
+    desk = await cell.add("desk")
+    assert await refusal(desk.node.durable.submit(request_)) is code
+    assert (await desk.node.durable.tasks()).tasks == ()
+    assert desk.node.outbox.rows() == []
+
+
+async def test_a_submit_whose_time_is_over_is_refused(autojump_clock: MockClock, cell: Cell) -> None:
+    desk = await cell.add("desk")
+    task = NewTask(COMMAND, b"say x", (), b"", 0, 3)
+    late = SubmitTask(bytes(16), "late", desk.clock.wall() - 1, task, ())
+    deadline = Monotonic(trio.current_time() + 5)
+    assert await refusal(desk.node.leader.ask(SUBMIT, late, deadline=deadline)) is Code.EXPIRED
+
+
+async def test_a_revoked_node_asks_for_nothing(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    await desk.node.membership.revoke(desk.node.membership.roster.find("attic"))
+    await cell.until(lambda: attic.node.peers.peer(desk.node.key.public).shuts_out)
+    assert await refusal(submit(attic, "say x")) is Code.KEY_REVOKED
+    assert attic.node.outbox.rows() == []
+    assert not (await attic.node.durable.tasks()).is_confirmed
+
+
+async def test_an_observer_submits_and_runs_nothing(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, lookout = await cell.add("desk"), await cell.add("lookout", Role.OBSERVER)
+    view = await submit(lookout, "say x")
+    ended = await settled(lookout, view.id)
+    assert (ended.state, ended.member) == (State.SUCCEEDED, desk.node.key.public.raw)
+    assert await refusal(submit(lookout, "say x", on="lookout")) is Code.NO_ELIGIBLE_NODE
+
+
+async def test_stale_and_forged_ends_take_no_effect(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic, barn = [await cell.add(name) for name in THREE]
+    view = await submit(desk, "sleep 10\nsay right", on="attic")
+    fence = Fence(desk.node.ledger.incarnation, view.id, 1)
+    deadline = Monotonic(trio.current_time() + 5)
+
+    async def complete(host: Host, fence: Fence) -> bool:
+        claimed = CompleteAttempt(fence, Bundle(b"wrong"))
+        return (await host.node.leader.ask(COMPLETE, claimed, deadline=deadline)).is_current
+
+    for host in (barn, desk):
+        assert await refusal(complete(host, fence)) is Code.NOT_ALLOWED
+        failed = FailAttempt(fence, "AGENT_FAILED", "no", False)
+        assert await refusal(host.node.leader.ask(FAIL, failed, deadline=deadline)) is Code.NOT_ALLOWED
+    stale = [
+        Fence(desk.node.ledger.incarnation, view.id, 2),
+        Fence(b"i" * 32, view.id, 1),
+        Fence(desk.node.ledger.incarnation, bytes(16), 1),
+    ]
+    for other in stale:
+        assert not await complete(attic, other)
+    assert desk.node.reception.refused == {"forged": 4, "stale": 3}
+    ended = await settled(desk, view.id)
+    assert (ended.state, ended.result) == (State.SUCCEEDED, b"right")
+    deadline = Monotonic(trio.current_time() + 5)
+    assert await complete(attic, fence), "an end that was told before is told as done again"
+    assert (await settled(desk, view.id)).result == b"right"
+
+
+async def test_files_go_with_a_task_wherever_it_runs(autojump_clock: MockClock, cell: Cell) -> None:
+    hosts = [await cell.add(name) for name in THREE]
+    paths = (hosts[1].file("a.md", b"# one\n"), hosts[1].file("b.md", b"x" * 100_000))
+    for name in THREE:
+        view = await submit(hosts[1], "list", artifacts=paths, on=name)
+        ended = await settled(hosts[2], view.id)
+        assert (ended.state, ended.result) == (State.SUCCEEDED, b"a.md,b.md"), ended
+    assert await refusal(submit(hosts[1], "list", artifacts=(paths[0].with_name("none"),))) is Code.NOT_FOUND
