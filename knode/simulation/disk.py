@@ -175,9 +175,10 @@ class SimulatedDisk:
             self._volume.folders |= wanted
 
     def sync_folder(self, path: Path) -> None:
-        """Nothing is left to be done: folders and their names are durable at once."""
+        """Make what was removed from the folder stay away."""
         if str(path) not in self._volume.folders:
             raise LocalError(Code.NOT_FOUND, f"there is no {path}", "check the path")
+        self._volume.sync_folder(str(path))
 
     def list_folder(self, path: Path) -> list[str]:
         """Return the names in a folder, sorted."""
@@ -193,7 +194,7 @@ class SimulatedDisk:
             with named_disk_errors(path):
                 self._volume.must_be_writable(str(path))
                 for name in files:
-                    self._volume.delete(name, durable=True)
+                    self._volume.delete(name, durable=False)
             self._volume.folders -= folders
 
     def _files(self, pattern: str) -> Iterator[tuple[str, File]]:

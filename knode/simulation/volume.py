@@ -108,8 +108,8 @@ class File:
 class Volume:
     """Files and folders by name, a capacity, and whether it can be written.
 
-    Folders, and what `SimulatedDisk` replaces or removes, are durable at once. What SQLite removes
-    without a sync of the folder may be back after a crash.
+    Folders, and files that are replaced whole, are durable at once. A file that is removed without a sync of
+    its folder may be back after a crash.
     """
 
     def __init__(self, files: Mapping[str, File], folders: frozenset[str]) -> None:
@@ -154,13 +154,21 @@ class Volume:
         self.before("sync")
         self.must_be_writable()
         if self.fails is not None:
-            name = next((name for name, known in self.files.items() if known is file), "")
+            name = self._name_of(file)
             if self.fails(name):
                 file.forget_unsynced()
                 raise OSError(errno.EIO, os.strerror(errno.EIO), name)
         if file.is_new:
-            self._removed.clear()
+            self.sync_folder(os.path.dirname(self._name_of(file)))
         file.sync()
+
+    def sync_folder(self, folder: str) -> None:
+        """Make what was removed from a folder stay away."""
+        for name in [name for name in self._removed if os.path.dirname(name) == folder]:
+            del self._removed[name]
+
+    def _name_of(self, file: File) -> str:
+        return next((name for name, known in self.files.items() if known is file), "")
 
     def replace(self, name: str, data: bytes) -> None:
         """Put a whole, durable file in the place of `name`."""
@@ -173,6 +181,7 @@ class Volume:
         if self.fails is not None and self.fails(name):
             raise OSError(errno.EIO, os.strerror(errno.EIO), name)
         self.files[name] = File(data)
+        self.sync_folder(os.path.dirname(name))
         self.before("sync")
 
     def delete(self, name: str, *, durable: bool) -> None:

@@ -20,7 +20,6 @@ from knode.consensus.messages import Entry, HardState, Kind, Snapshot
 from knode.consensus.ready import Recovered
 from knode.errors import Code, LocalError
 from knode.simulation.disk import SimulatedDisk
-from knode.simulation.volume import Volume
 from knode.simulation.world import SimulatedRandomness
 
 FOLDER = Path("/home/state/raft")
@@ -44,15 +43,8 @@ STEPS = st.one_of(
 
 
 @pytest.fixture(autouse=True)
-def small_and_forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 350)
-    delete = Volume.delete
-
-    def delete_without_sync(volume: Volume, name: str, *, durable: bool) -> None:
-        delete(volume, name, durable=False)
-
-    # A crash may bring back what was removed: no one syncs the folder for that.
-    monkeypatch.setattr(Volume, "delete", delete_without_sync)
 
 
 class Machine:

@@ -160,6 +160,15 @@ def test_a_new_file_without_a_sync_may_be_missing() -> None:
     assert {disk.crash(Seeded(seed)).exists(FOLDER / "file") for seed in range(20)} == {True, False}
 
 
+def test_a_removed_file_may_be_back_until_its_folder_is_synced() -> None:
+    disk = new_disk()
+    disk.write(FOLDER / "file", b"")
+    disk.remove(FOLDER / "file")
+    assert {disk.crash(Seeded(seed)).exists(FOLDER / "file") for seed in range(20)} == {True, False}
+    disk.sync_folder(FOLDER)
+    assert {disk.crash(Seeded(seed)).exists(FOLDER / "file") for seed in range(20)} == {False}
+
+
 def test_a_replaced_file_is_the_old_or_the_new_one() -> None:
     disk = new_disk()
     found: list[bytes] = []
