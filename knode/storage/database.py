@@ -50,7 +50,13 @@ class Database:
 
     @classmethod
     async def open(
-        cls, world: World, path: Path, migrations: Sequence[str], *, synchronous: Synchronous = "FULL"
+        cls,
+        world: World,
+        path: Path,
+        migrations: Sequence[str],
+        *,
+        synchronous: Synchronous = "FULL",
+        checkpoint_pages: int | None = None,
     ) -> Database:
         """Open or make the database, and bring its schema up to date.
 
@@ -61,6 +67,8 @@ class Database:
                 a transaction of its own, and the version stands in `PRAGMA user_version`.
             synchronous: FULL: what `write` returned survives a power cut. NORMAL: it survives the end
                 of the process, and a power cut takes whole transactions from the end.
+            checkpoint_pages: length of the log, in pages of 4 KiB, beyond which a commit moves it into the
+                file; None: CHECKPOINT_PAGES.
 
         Raises:
             KnodeError: LOCKED when another process has it open, HOME_TOO_NEW when a newer knode wrote
@@ -74,7 +82,8 @@ class Database:
             if not world.disk.exists(path):
                 # SQLite would make it readable for all; its journal takes the mode of the file
                 world.disk.write(path, b"")
-            return _connect(path, world.disk.sqlite_vfs, tuple(migrations), synchronous)
+            pages = CHECKPOINT_PAGES if checkpoint_pages is None else checkpoint_pages
+            return _connect(path, world.disk.sqlite_vfs, tuple(migrations), synchronous, pages)
 
         return cls(world, path, await world.blocking.run(connect))
 
@@ -160,7 +169,9 @@ def _look(connection: apsw.Connection, work: Callable[[apsw.Connection], T]) -> 
         connection.execute("PRAGMA query_only = OFF")
 
 
-def _connect(path: Path, vfs: str | None, migrations: tuple[str, ...], synchronous: str) -> apsw.Connection:
+def _connect(
+    path: Path, vfs: str | None, migrations: tuple[str, ...], synchronous: str, checkpoint_pages: int
+) -> apsw.Connection:
     with _named_errors(path):
         connection = apsw.Connection(str(path), vfs=vfs)
         try:
@@ -169,7 +180,7 @@ def _connect(path: Path, vfs: str | None, migrations: tuple[str, ...], synchrono
                 synchronous=synchronous, cache_kib=CACHE_KIB, journal_limit=JOURNAL_LIMIT_BYTES
             )
             _execute_all(connection, setup)
-            connection.set_wal_hook(_checkpoint)
+            connection.set_wal_hook(partial(_checkpoint, most_pages=checkpoint_pages))
             _migrate(connection, path, migrations)
         except BaseException:
             _close(connection)
@@ -183,13 +194,13 @@ def _close(connection: apsw.Connection) -> None:
         connection.close()
 
 
-def _checkpoint(connection: apsw.Connection, name: str, pages: int) -> int:
+def _checkpoint(connection: apsw.Connection, name: str, pages: int, *, most_pages: int) -> int:
     """Move the log into the file when it is long, after a commit.
 
     The commit stands whatever happens here, so it must not be reported as failed: the next commit
     tries again, and says it when the disk does not take that.
     """
-    if pages >= CHECKPOINT_PAGES:
+    if pages >= most_pages:
         with contextlib.suppress(apsw.Error):
             connection.wal_checkpoint(name)
     return apsw.SQLITE_OK

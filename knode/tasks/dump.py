@@ -45,24 +45,18 @@ class TaskRow(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, 
     """A row of `task`."""
 
     task: LedgerTask
-    considered: Annotated[bytes, Meta(max_length=64 * 1024)]
+    considered: Annotated[bytes, Meta(max_length=MAX_RECORD_BYTES)]
+    asked: Annotated[bytes, Meta(max_length=MAX_RECORD_BYTES)]
 
 
-class AskedRow(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=3):
-    """A row of `asked`."""
-
-    number: Number
-    task: Annotated[bytes, Meta(max_length=MAX_RECORD_BYTES)]
-
-
-class ResultRow(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=4):
+class ResultRow(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=3):
     """A row of `result`."""
 
     ended: Number
     data: Annotated[bytes, Meta(max_length=MAX_BUNDLE_BYTES)]
 
 
-class IncarnationRow(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=5):
+class IncarnationRow(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=4):
     """A row of `incarnation`."""
 
     number: Annotated[int, Meta(ge=-1, le=2**31)]
@@ -70,7 +64,7 @@ class IncarnationRow(Struct, array_like=True, frozen=True, forbid_unknown_fields
     first_operation: Number
 
 
-class OperationRow(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=6):
+class OperationRow(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=5):
     """A row of `operation`."""
 
     place: Number
@@ -80,27 +74,25 @@ class OperationRow(Struct, array_like=True, frozen=True, forbid_unknown_fields=T
     data: Annotated[bytes, Meta(max_length=MAX_OPERATION_BYTES)]
 
 
-class End(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=7):
+class End(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=6):
     """The last record."""
 
     rows: Number
     digest: Hash
 
 
-Record: TypeAlias = Begin | TaskRow | AskedRow | ResultRow | IncarnationRow | OperationRow | End
+Record: TypeAlias = Begin | TaskRow | ResultRow | IncarnationRow | OperationRow | End
 
 _record: Decoder[Record] = Decoder(Record)
 
 _READ: dict[type[Record], str] = {
-    TaskRow: f"SELECT {names(TASK_COLUMNS)}, considered FROM task ORDER BY number",
-    AskedRow: "SELECT number, task FROM asked ORDER BY number",
+    TaskRow: f"SELECT {names(TASK_COLUMNS)}, considered, asked FROM task ORDER BY number",
     ResultRow: "SELECT ended, data FROM result ORDER BY ended",
     IncarnationRow: "SELECT number, hash, first_operation FROM incarnation ORDER BY number",
     OperationRow: "SELECT place, time, task, attempt, data FROM operation ORDER BY place",
 }
 _WRITE: dict[type[Record], str] = {
     TaskRow: INSERT_TASK,
-    AskedRow: "INSERT INTO asked (number, task) VALUES (?, ?)",
     ResultRow: "INSERT INTO result (ended, data) VALUES (?, ?)",
     IncarnationRow: "INSERT INTO incarnation (number, hash, first_operation) VALUES (?, ?, ?)",
     OperationRow: "INSERT INTO operation (place, time, task, attempt, data) VALUES (?, ?, ?, ?, ?)",
@@ -131,7 +123,7 @@ def _records(connection: apsw.Connection, totals: Totals) -> Iterator[Record]:
     yield Begin(totals)
     for kind, query in _READ.items():
         for row in connection.execute(query):
-            yield TaskRow(task_of(row[:-1]), row[-1]) if kind is TaskRow else kind(*row)
+            yield TaskRow(task_of(row[:-2]), *row[-2:]) if kind is TaskRow else kind(*row)
 
 
 def _framed(record: Record) -> bytes:
@@ -155,7 +147,7 @@ def read_dump(connection: apsw.Connection, disk: Disk, path: Path) -> None:
         for record in records:
             values = astuple(record)
             if isinstance(record, TaskRow):
-                values = (*columns_of(record.task), record.considered)
+                values = (*columns_of(record.task), record.considered, record.asked)
             connection.execute(_WRITE[type(record)], values)
     except (apsw.ConstraintError, KeyError) as error:
         raise _damaged(f"records that do not fit together: {error}") from error
@@ -170,7 +162,7 @@ def read_nothing(connection: apsw.Connection) -> None:
 
 
 def _clear(connection: apsw.Connection) -> None:
-    for table in ("task", "asked", "result", "incarnation", "operation"):
+    for table in ("task", "result", "incarnation", "operation"):
         connection.execute(f"DELETE FROM {table}")
 
 

@@ -88,8 +88,8 @@ class Tables(Protocol):
         """Return the tasks that are assigned, in order of submission; they may be changed meanwhile."""
         ...
 
-    def add(self, task: LedgerTask, asked: NewTask) -> None:
-        """Add a task that is queued."""
+    def add(self, task: LedgerTask, asked: NewTask, considered: tuple[Considered, ...]) -> None:
+        """Add a task; `considered` when it is assigned."""
         ...
 
     def assign(self, task: LedgerTask, considered: tuple[Considered, ...]) -> None:
@@ -198,9 +198,10 @@ def _submit(tables: Tables, command: Submit) -> Outcome:
         tables, command.id, command.submitter, command.key, command.not_after, command.task, digest
     )
     task = replace(task, holders=command.holders)
-    tables.add(task, command.task)
+    considered: tuple[Considered, ...] = ()
     if command.assignment is not None:
-        task = _attempt(tables, task, command.assignment)
+        task, considered = _attempt(tables, task, command.assignment), command.assignment.considered
+    tables.add(task, command.task, considered)
     return _done(task, is_new=True)
 
 
@@ -217,7 +218,9 @@ def _assign(tables: Tables, command: Assign) -> Outcome:
         return _refused(Code.EXPIRED, "the task's deadline has passed", "", task)
     if now < task.not_before:
         return _refused(Code.UNAVAILABLE, "the task waits before its next attempt", "", task)
-    return _done(_attempt(tables, task, command.assignment))
+    task = _attempt(tables, task, command.assignment)
+    tables.assign(task, command.assignment.considered)
+    return _done(task)
 
 
 def _release(tables: Tables, command: Release) -> Outcome:
@@ -289,7 +292,7 @@ def _take_effect(tables: Tables, task: LedgerTask, bundle: Bundle) -> Outcome:
             follow_up.task,
             task_digest(follow_up.task),
         )
-        tables.add(replace(child, parent=task.id, depth=task.depth + 1), follow_up.task)
+        tables.add(replace(child, parent=task.id, depth=task.depth + 1), follow_up.task, ())
     return _done(ended)
 
 
@@ -410,7 +413,7 @@ def _new_task(
 
 def _attempt(tables: Tables, task: LedgerTask, assignment: Assignment) -> LedgerTask:
     totals = tables.totals
-    task = replace(
+    return replace(
         task,
         state=TRANSITIONS[task.state, Event.ASSIGNED],
         attempt=task.attempt + 1,
@@ -420,8 +423,6 @@ def _attempt(tables: Tables, task: LedgerTask, assignment: Assignment) -> Ledger
         code="",
         message="",
     )
-    tables.assign(task, assignment.considered)
-    return task
 
 
 def _again(

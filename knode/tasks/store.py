@@ -26,6 +26,8 @@ Outcomes: TypeAlias = list[Outcome | None]
 MAX_LISTED = 1_000
 MAX_LISTED_BYTES = 4 * 1024 * 1024
 MAX_OPERATIONS_READ = 1_000
+CHECKPOINT_PAGES = 4_000
+"""16 MiB of SQLite's log. Moving it into the file takes two syncs, during which nothing is applied."""
 
 
 class LedgerStore:
@@ -54,7 +56,9 @@ class LedgerStore:
         Raises:
             KnodeError: as `Database.open`.
         """
-        database = await Database.open(world, path, MIGRATIONS, synchronous="NORMAL")
+        database = await Database.open(
+            world, path, MIGRATIONS, synchronous="NORMAL", checkpoint_pages=CHECKPOINT_PAGES
+        )
         try:
             return cls(world, path, database, await database.read(Held.load))
         except BaseException:

@@ -6,7 +6,7 @@ that lies apart until its transaction is durable; when it fails, nothing has cha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import apsw
@@ -33,9 +33,8 @@ CREATE TABLE task (number INTEGER PRIMARY KEY, id BLOB NOT NULL UNIQUE,
     state TEXT NOT NULL, attempt INTEGER NOT NULL, charged INTEGER NOT NULL, member BLOB NOT NULL,
     incarnation BLOB NOT NULL, not_before INTEGER NOT NULL, changed INTEGER NOT NULL,
     ended INTEGER NOT NULL, code TEXT NOT NULL, message TEXT NOT NULL,
-    considered BLOB NOT NULL, UNIQUE (submitter, key)) STRICT;
+    considered BLOB NOT NULL, asked BLOB NOT NULL, UNIQUE (submitter, key)) STRICT;
 CREATE INDEX task_by_not_after ON task (not_after);
-CREATE TABLE asked (number INTEGER PRIMARY KEY, task BLOB NOT NULL) STRICT;
 CREATE TABLE result (ended INTEGER PRIMARY KEY, data BLOB NOT NULL) STRICT;
 CREATE TABLE incarnation (number INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE,
     first_operation INTEGER NOT NULL) STRICT;
@@ -52,7 +51,6 @@ _HOLDERS = TASK_COLUMNS.index("holders")
 _STATE = TASK_COLUMNS.index("state")
 _CHANGING = TASK_COLUMNS[_STATE:]
 _TOTALS_COLUMNS = tuple(field.name for field in fields(Totals))
-_NO_CANDIDATES = encode(())
 
 
 def names(columns: Iterable[str]) -> str:
@@ -65,7 +63,7 @@ def _settings(columns: Iterable[str]) -> str:
 
 
 _SELECT = f"SELECT {names(TASK_COLUMNS)} FROM task"
-_WHOLE = f"SELECT {names(TASK_COLUMNS)}, considered FROM task WHERE id = ?"
+_WHOLE = f"SELECT {names(TASK_COLUMNS)}, considered, asked FROM task WHERE id = ?"
 _BY_ID = f"{_SELECT} WHERE id = ?"
 _BY_KEY = f"{_SELECT} WHERE submitter = ? AND key = ?"
 _OLD_KEYS = (
@@ -75,9 +73,11 @@ _OLD_KEYS = (
 _OLDEST = "SELECT not_after FROM task INDEXED BY task_by_not_after WHERE ended > 0 ORDER BY not_after LIMIT 1"
 _LIVE = f"{_SELECT} WHERE ended = 0 ORDER BY number"
 INSERT_TASK = (
-    f"INSERT INTO task ({names(TASK_COLUMNS)}, considered) VALUES ({', '.join('?' * len(TASK_COLUMNS))}, ?)"
+    f"INSERT INTO task ({names(TASK_COLUMNS)}, considered, asked)"
+    f" VALUES ({', '.join('?' * len(TASK_COLUMNS))}, ?, ?)"
 )
 _UPDATE = f"UPDATE task SET {_settings(_CHANGING)} WHERE number = ?"
+_END = f"UPDATE task SET {_settings(_CHANGING)}, asked = x'' WHERE number = ?"
 _ASSIGN = f"UPDATE task SET {_settings(_CHANGING)}, considered = ? WHERE number = ?"
 SAVE_TOTALS = (
     f"INSERT OR REPLACE INTO totals (only_one, {names(_TOTALS_COLUMNS)})"
@@ -169,10 +169,9 @@ class Batch:
 
     # Writing.
 
-    def add(self, task: LedgerTask, asked: NewTask) -> None:
+    def add(self, task: LedgerTask, asked: NewTask, considered: tuple[Considered, ...]) -> None:
         """Add a task."""
-        self._execute(INSERT_TASK, (*columns_of(task), _NO_CANDIDATES))
-        self._execute("INSERT INTO asked (number, task) VALUES (?, ?)", (task.number, encode(asked)))
+        self._execute(INSERT_TASK, (*columns_of(task), encode(considered), encode(asked)))
         _use(self._usage, task, 1)
         self._note(None, task)
 
@@ -190,8 +189,7 @@ class Batch:
         """Keep a task that has ended."""
         before = self.task(task.id)
         assert before is not None
-        self._execute(_UPDATE, (*columns_of(task)[_STATE:], task.number))
-        self._execute("DELETE FROM asked WHERE number = ?", (task.number,))
+        self._execute(_END, (*columns_of(task)[_STATE:], task.number))
         if result is not None:
             self._execute("INSERT INTO result (ended, data) VALUES (?, ?)", (task.ended, result))
         _use(self._usage, task, -1)
@@ -253,13 +251,13 @@ def read_task(connection: apsw.Connection, id: bytes) -> TaskRecord | None:
     row = connection.execute(_WHOLE, (id,)).fetchone()
     if row is None:
         return None
-    task = task_of(row[:-1])
-    asked = connection.execute("SELECT task FROM asked WHERE number = ?", (task.number,)).fetchone()
+    *columns, considered, asked = row
+    task = task_of(columns)
     return TaskRecord(
         task=task,
-        asked=None if asked is None else _asked.decode(asked[0]),
+        asked=_asked.decode(asked) if asked else None,
         result=read_result(connection, task),
-        considered=_considered.decode(row[-1]),
+        considered=_considered.decode(considered),
     )
 
 
@@ -326,7 +324,7 @@ def columns_of(task: LedgerTask) -> Row:
     return tuple(values)
 
 
-def task_of(row: Row) -> LedgerTask:
+def task_of(row: Sequence[Any]) -> LedgerTask:
     """Return the task of a row's columns."""
     values = list(row)
     joined = values[_HOLDERS]
