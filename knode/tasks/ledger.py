@@ -120,6 +120,10 @@ class Tables(Protocol):
         """Append an operation at the next place of all."""
         ...
 
+    def has_begun(self, incarnation: bytes) -> bool:
+        """Tell whether this incarnation is, or was, the cell's."""
+        ...
+
     def begin(self, number: int, incarnation: bytes, first_operation: int) -> None:
         """Keep where an incarnation's stream begins."""
         ...
@@ -354,7 +358,7 @@ def _begin(tables: Tables, command: Begin) -> Outcome:
     present = (totals.incarnation_number, totals.incarnation)
     if (command.number, command.incarnation) == present:
         return Outcome()
-    if command.number <= totals.incarnation_number:
+    if command.number <= totals.incarnation_number or tables.has_begun(command.incarnation):
         return _refused(
             Code.STALE_FENCE,
             f"incarnation {command.number} of the cell cannot follow {totals.incarnation_number}",

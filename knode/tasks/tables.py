@@ -216,6 +216,12 @@ class Batch:
             (place, time, fence.task, fence.attempt, data),
         )
 
+    def has_begun(self, incarnation: bytes) -> bool:
+        """Tell whether an incarnation is known."""
+        return (
+            self._execute("SELECT 1 FROM incarnation WHERE hash = ?", (incarnation,)).fetchone() is not None
+        )
+
     def begin(self, number: int, incarnation: bytes, first_operation: int) -> None:
         """Keep where a stream begins."""
         self._execute(

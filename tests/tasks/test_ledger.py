@@ -12,7 +12,7 @@ from knode.klp.codec import encode
 from knode.tasks import ledger, store
 from knode.tasks.commands import MAX_BUNDLE_BYTES, MAX_OPERATION_BYTES, Expire, File, follow_up_id
 from knode.tasks.lifecycle import State
-from knode.tasks.records import KEY_GRACE_MS
+from knode.tasks.records import KEY_GRACE_MS, NO_INCARNATION
 
 # Submitting and keys.
 
@@ -461,6 +461,8 @@ async def test_an_incarnation_begins_once_and_never_goes_back() -> None:
         assert c.store.live[id_of(1)].state is State.ASSIGNED
         assert (await c.one(c.begin(1, FIRST))).code is Code.STALE_FENCE
         assert (await c.one(c.begin(0, FIRST))).code is Code.STALE_FENCE
+        assert (await c.one(c.begin(2, SECOND))).code is Code.STALE_FENCE
+        assert (await c.one(c.begin(2, NO_INCARNATION))).code is Code.STALE_FENCE
         assert c.store.incarnation == SECOND
 
 
