@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from knode import __version__
-from knode.cli.commands import agents, config, logs, mesh, node, service, simulate, tasks, testnet
+from knode.cli.commands import agents, config, logs, mesh, node, recover, service, simulate, tasks, testnet
 from knode.cli.session import session_of
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ app.command()(node.status)
 app.command()(node.doctor)
 app.command()(mesh.invite)
 app.command()(mesh.join)
+mesh.member.command("recover")(recover.recover)
 app.add_typer(mesh.peer, name="peer")
 app.add_typer(mesh.member, name="member")
 app.add_typer(agents.agent, name="agent")

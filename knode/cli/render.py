@@ -156,7 +156,10 @@ def ping(document: Document) -> str:
 
 def members(document: Sequence[Document]) -> str:
     """Show one member a line."""
-    return _members(document)
+    return table(
+        ("member", "id", "role", "votes", "state", "joined"),
+        ((m["name"], _short(m["id"]), m["role"], m["votes"], m["state"], m["joined_at"]) for m in document),
+    )
 
 
 def recovered(document: Document) -> str:
@@ -165,6 +168,37 @@ def recovered(document: Document) -> str:
     lines = {"owner": document["name"], "revoked": gone or None}
     shown = {key: text for key, text in lines.items() if text is not None}
     return f"{fields(shown)}\n\n{_members(document['members'])}"
+
+
+def survey(document: Document) -> str:
+    """Say what beginning the ledger anew may lose."""
+    since = f" since {document['leaderless_since']}" if document["leaderless_since"] else ""
+    lines = [
+        f"away: {', '.join(document['missing'])}; nobody leads the cell{since}",
+        f"The ledger goes on with what {document['survivor']} has: {document['last_index']} entries, "
+        f"{document['committed_index']} of them known to be agreed on.",
+        "Whatever the others agreed on that is not among these is lost for good, also when they come back:",
+        "tasks that were acknowledged may be gone, and what had ended may be done again.",
+    ]
+    lines += [
+        f"{each['name']} is here and has more ({each['last_index']} entries): better run this there."
+        for each in document["more"]
+    ]
+    return "\n".join(lines)
+
+
+def ledger_to_keep(document: Document) -> str:
+    """Say what keeping one ledger loses."""
+    return (
+        f"The ledger {document['ledger'][:12]} counts from now on: begun on {document['begun_on']} at "
+        f"{document['begun_at']}.\nWhat was done in the other since then is lost for good."
+    )
+
+
+def survived(document: Document) -> str:
+    """Show which ledger counts now."""
+    shown = {key: document[key] for key in ("ledger", "number", "begun_on", "begun_at", "index")}
+    return details(shown)
 
 
 def agents(document: Sequence[Document]) -> str:

@@ -148,6 +148,18 @@ class Electorate:
             return None
         return self._missing_voters(configuration, living)
 
+    def unfit(self) -> list[Member]:
+        """Return the other members whose replica, in the configuration, takes no part or is replaced."""
+        configuration, said = self.configuration or Configuration(), self._heard
+        named = {member_of(replica) for replica in everyone(configuration)}
+        return [
+            m
+            for m in self._membership.roster.members.values()
+            if m.id.raw in named
+            and m.id.raw in said
+            and (not said[m.id.raw].fit or said[m.id.raw].replica not in everyone(configuration))
+        ]
+
     def check_revocation(self, member: Member) -> None:
         """Check that the cell can go on when this member is revoked.
 

@@ -30,6 +30,7 @@ from knode.control.parameters import (
     OfTicket,
 )
 from knode.control.process import process_document
+from knode.control.recovery_methods import RecoveryMethods
 from knode.control.server import Handler, Notify
 from knode.control.task_methods import TaskMethods
 from knode.control.typed import typed
@@ -40,7 +41,8 @@ from knode.mesh.ticket import parse_ticket
 from knode.node.health import examine
 from knode.node.node import Node
 from knode.node.setup import parse_recovery_key
-from knode.node.status import iso, member_document, peer_details, peer_document, status
+from knode.node.status import member_document, peer_details, peer_document, status
+from knode.node.voting import iso, votes_document
 from knode.transport.partition import Partition
 
 T = TypeVar("T")
@@ -92,6 +94,7 @@ class ControlMethods:
             "logs.tail": typed(OfLog, self._tail),
             **TaskMethods(self._node).table(),
         }
+        table |= RecoveryMethods(self._node).table()
         if self._partition is not None:
             table["testnet.partition"] = typed(OfPartition, self._cut_off)
         return table
@@ -179,6 +182,7 @@ class ControlMethods:
                 "role": m.role,
                 "state": member_document(self._node, m)["state"],
                 "joined_at": iso(m.joined),
+                "votes": votes_document(self._node, m),
                 "words": list(words[m.id.raw]) if m.id.raw in words else None,
             }
             for m in membership.roster.members.values()
@@ -190,7 +194,7 @@ class ControlMethods:
 
     async def _revoke(self, of: OfRevocation, notify: Notify) -> Any:
         member = self._member(of.node)
-        await self._node.membership.revoke(member, undo_since=_moment(of.undo_since))
+        await self._node.revoke(member, undo_since=_moment(of.undo_since))
         return {"id": member.node_id, "name": member.name, "revoked": True}
 
     async def _rotate(self, of: OfRotation, notify: Notify) -> Any:

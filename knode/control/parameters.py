@@ -67,6 +67,27 @@ class OfRecovery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     undo_since: str | None = None
 
 
+class OfSurvey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who is to be revoked when the ledger begins anew."""
+
+    revoke: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
+
+
+class OfSurvival(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who is revoked; whether though others have more; and the recovery key, unless the owner's is here."""
+
+    revoke: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
+    force: bool = False
+    recovery_key: Annotated[str, Meta(max_length=1024)] | None = None
+
+
+class OfLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A ledger: the hash of its incarnation, or its beginning; and the recovery key, as OfSurvival."""
+
+    ledger: Annotated[str, Meta(min_length=1, max_length=64)]
+    recovery_key: Annotated[str, Meta(max_length=1024)] | None = None
+
+
 class OfMemberRole(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A member and its new role."""
 

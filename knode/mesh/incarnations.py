@@ -16,6 +16,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
+from knode.errors import Code, KnodeError
 from knode.mesh.eras import Era
 from knode.mesh.statements import BeginIncarnation, KeepIncarnation, Statement
 
@@ -73,6 +74,25 @@ class Incarnations:
         ):
             return Verdict.SURVIVES
         return Verdict.NOT_ACKNOWLEDGED if self._was_begun_on_present(incarnation) else Verdict.OVER
+
+    def find(self, beginning: str) -> Incarnation:
+        """Return the incarnation whose hash, in hexadecimal, begins so; not the first, which nobody began.
+
+        Raises:
+            KnodeError: NOT_FOUND, or INVALID_ARGUMENT when several do.
+        """
+        found = [
+            Incarnation(b.number, i) for i, b in self.known.items() if i.hex().startswith(beginning.lower())
+        ]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise KnodeError(Code.INVALID_ARGUMENT, f"{beginning!r} fits several ledgers", "give more of it")
+        raise KnodeError(
+            Code.NOT_FOUND,
+            f"the cell has no ledger {beginning[:64]!r}",
+            "'knode status' shows those in doubt",
+        )
 
     def _was_begun_on_present(self, incarnation: Incarnation) -> bool:
         """Tell whether it descends from the one in force; one that nobody knows of any more may."""

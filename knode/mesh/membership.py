@@ -277,18 +277,27 @@ class Membership:
                 this node was no member at `undo_since`.
         """
         async with self._change:
-            owner, roster = self._present_owner_key, self.roster
-            if owner is None:
-                raise KnodeError(Code.NOT_ALLOWED, "only the cell's owner revokes members", ASK_OWNER)
-            if self.key.public in member.keys:
-                raise KnodeError(
-                    Code.NOT_ALLOWED,
-                    "the owner's own node cannot revoke itself",
-                    "'knode member list' shows the others; for a stolen owner key: 'knode member recover'",
-                )
+            owner, roster = self.check_may_revoke(member), self.roster
             kept = self._roster_at(undo_since).in_force_by(member)
             body = Revoke(owner.public.raw, roster.era, member.id.raw, kept, self._issued(member))
             await self._merge([sign_statement(owner, body)])
+
+    def check_may_revoke(self, member: Member) -> KeyPair:
+        """Return the owner's key, if this node may revoke a member.
+
+        Raises:
+            KnodeError: NOT_ALLOWED.
+        """
+        owner = self._present_owner_key
+        if owner is None:
+            raise KnodeError(Code.NOT_ALLOWED, "only the cell's owner revokes members", ASK_OWNER)
+        if self.key.public in member.keys:
+            raise KnodeError(
+                Code.NOT_ALLOWED,
+                "the owner's own node cannot revoke itself",
+                "'knode member list' shows the others; for a stolen owner key: 'knode member recover'",
+            )
+        return owner
 
     async def rotate(self, new: KeyPair) -> None:
         """Say that this node has the key `new` from now on: who hears of it closes its sessions.

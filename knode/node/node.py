@@ -364,6 +364,16 @@ class Node:
             await self.world.blocking.run(lambda: install_next_key(self.world, path))
         return new.public
 
+    async def revoke(self, member: Member, *, undo_since: int | None = None) -> None:
+        """Revoke a member, unless the cell could not go on; see `Membership.revoke`.
+
+        Raises:
+            KnodeError: as `Membership.revoke`; UNAVAILABLE, with the way out.
+        """
+        self.membership.check_may_revoke(member)
+        self.electorate.check_revocation(member)
+        await self.membership.revoke(member, undo_since=undo_since)
+
     async def recover(self, recovery: KeyPair, *, lost: Collection[Member], undo_since: int | None) -> None:
         """Make this the owner's node; see `Membership.recover`. Stopped in between, as `rotate`."""
         path = self.home.owner_key

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any
 
 from knode import __version__
@@ -15,6 +14,7 @@ from knode.mesh.liveness import PeerState
 from knode.mesh.peer import Peer
 from knode.mesh.roster import Member
 from knode.node.node import Node
+from knode.node.voting import iso, voting_warnings
 
 
 def status(node: Node) -> dict[str, Any]:
@@ -124,12 +124,6 @@ def peer_details(node: Node, member: Member) -> dict[str, Any]:
     }
 
 
-def iso(milliseconds: int) -> str:
-    """Return a time of day as documents have it: UTC, to the second."""
-    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
-    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
 def _link(peer: Peer) -> dict[str, Any]:
     conversation = peer.conversation
     if conversation is None:
@@ -163,8 +157,7 @@ def _warnings(node: Node) -> list[str]:
                 f"{member.name} is out: two keys claim to be its next one, so someone else has its key: "
                 f"'knode member revoke {member.name}', then invite it again"
             )
-        if node.replica.trouble is not None:
-            warnings.append(str(node.replica.trouble))
+        warnings += voting_warnings(node)
         lost = [p for p in node.peers.members() if p.state is PeerState.FAILED]
         if lost:
             names = ", ".join(membership.roster.members[p.key.raw].name for p in lost)

@@ -54,6 +54,7 @@ class Answers:
 METHODS = [
     *("status", "stop", "invite", "invite.wait", "join", "peer.list", "peer.show", "peer.ping", "doctor"),
     *("member.list", "member.role", "member.revoke", "member.rotate", "member.recover", "logs.tail"),
+    *("member.survey", "member.survive", "member.ledger", "member.keep"),
     *("agent.list", "agent.show", "agent.install", "agent.start", "agent.stop"),
     *("task.submit", "task.list", "task.show", "task.watch", "task.cancel"),
     *("task.explain", "task.effects"),

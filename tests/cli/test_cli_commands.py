@@ -541,3 +541,61 @@ def test_starting_the_command_line_imports_nothing_heavy() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
     )
     assert run.stdout == "[]\n"
+
+
+SURVEY = {
+    "survivor": "attic",
+    "last_index": 4711,
+    "committed_index": 4700,
+    "missing": ["desk", "barn"],
+    "leaderless_since": "2026-11-22T14:48:40Z",
+    "more": [{"name": "shed", "last_index": 4800}],
+    "owner": True,
+}
+LEDGER = {
+    "ledger": "3f9a02c41b77" + "0" * 52,
+    "number": 1,
+    "begun_on": "attic",
+    "begun_at": "2026-11-22T14:48:49Z",
+    "index": 4711,
+    "owner": True,
+}
+
+
+def test_nothing_is_begun_anew_before_somebody_agrees_to_what_may_be_lost(knode: Any, daemon: Any) -> None:
+    daemon.results["member.survey"] = SURVEY
+    run = knode("member", "recover", "--lost-majority", "--no-input")
+    assert run.code == 2
+    assert "away: desk, barn; nobody leads the cell since 2026-11-22T14:48:40Z" in run.err
+    assert "attic has: 4711 entries, 4700 of them known to be agreed on" in run.err
+    assert "shed is here and has more (4800 entries)" in run.err
+    assert "--yes" in run.err
+    assert [method for method, _ in daemon.asked] == ["member.survey"]
+
+
+def test_with_the_owner_s_key_no_other_is_asked_for(knode: Any, daemon: Any) -> None:
+    daemon.results |= {"member.survey": SURVEY, "member.survive": LEDGER}
+    run = knode("member", "recover", "--lost-majority", "--revoke", "barn", "--force", "--yes", "--json")
+    assert run.code == 0
+    assert json.loads(run.out) == LEDGER
+    assert daemon.asked == [
+        ("member.survey", {"revoke": ["barn"]}),
+        ("member.survive", {"revoke": ["barn"], "force": True}),
+    ]
+
+
+def test_without_the_owner_s_key_the_recovery_key_is_read(process: Any, daemon: Any) -> None:
+    daemon.results |= {"member.ledger": LEDGER | {"owner": False}, "member.keep": LEDGER}
+    with process("member", "recover", "--keep", "3f9a02c4", "--yes") as run:
+        out, err = run.communicate("knode-recovery-00ff\n", timeout=60)
+    assert run.returncode == 0, err
+    assert last_params(daemon) == {"ledger": LEDGER["ledger"], "recovery_key": "knode-recovery-00ff\n"}
+    assert "What was done in the other since then is lost" in err
+    assert "begun_on" in out
+    assert "00ff" not in out + err
+
+
+@pytest.mark.parametrize("words", [["--keep", "3f"], ["--undo-since", "2026-11-22"]])
+def test_one_recovery_at_a_time(knode: Any, daemon: Any, words: list[str]) -> None:
+    assert knode("member", "recover", "--lost-majority", *words).code == 2
+    assert daemon.asked == []

@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from getpass import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +14,6 @@ import typer
 from knode.cli import render
 from knode.cli.commands.node import Host, Port, network_flags
 from knode.cli.session import Session, session_of
-from knode.errors import Code, KnodeError
 
 if TYPE_CHECKING:
     from knode.home.layout import Home
@@ -166,38 +164,6 @@ def rotate_key(
     session.note("restarting with the new key")
     await_restart(session.home, begun)
     session.show(changed, _done)
-
-
-@member.command("recover")
-def recover_cell(
-    context: typer.Context,
-    revoke: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--revoke", metavar="NODE", help="Revoke this member in the same step; may be repeated."
-        ),
-    ] = None,
-    undo_since: UndoSince = None,
-) -> None:
-    """Make this the owner's node, with the recovery key: asked for, or read from standard input."""
-    session = session_of(context)
-    params: dict[str, Any] = {"recovery_key": _recovery_key(session), "revoke": revoke or []}
-    if undo_since is not None:
-        params["undo_since"] = undo_since
-    session.show(session.call("member.recover", params), render.recovered)
-
-
-def _recovery_key(session: Session) -> str:
-    """Return the recovery key as text: never an argument, which others on the machine could see."""
-    if not sys.stdin.isatty():
-        return sys.stdin.read(1024)
-    if session.options.no_input:
-        raise KnodeError(
-            Code.INVALID_ARGUMENT,
-            "the recovery key was not given",
-            "put it on standard input: 'knode member recover < FILE'",
-        )
-    return getpass("recovery key (not shown): ")
 
 
 def _done(document: Any) -> str:
