@@ -85,9 +85,7 @@ async def test_a_revoked_leader_is_followed_by_another_that_lets_it_go(
     nodes = await voting.of(4)
     owner, gone = nodes[0], nodes[1]
     await voting.leading().propose("before")
-    if not gone.replica.is_leader:
-        voting.leading().replica.transfer(gone.replica_id)
-        await until(lambda: gone.replica.is_leader)
+    await voting.let_lead(gone)
     await owner.membership.revoke(owner.member(gone))
     leader = await voting.until_led(but=gone)
     await voting.until_voting(3, but=gone)
@@ -101,9 +99,7 @@ async def test_the_leader_that_may_vote_no_longer_hands_over_first(
 ) -> None:
     nodes = await voting.of(4)
     owner, leaves = nodes[0], nodes[2]
-    if not leaves.replica.is_leader:
-        (await voting.until_led()).replica.transfer(leaves.replica_id)
-        await until(lambda: leaves.replica.is_leader)
+    await voting.let_lead(leaves)
     begun = trio.current_time()
     await owner.membership.set_role(owner.member(leaves), Role.OBSERVER)
     await voting.until_voting(3)

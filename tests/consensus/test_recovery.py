@@ -64,10 +64,8 @@ async def test_what_others_had_beyond_the_survivor_is_void(
 ) -> None:
     nodes = await voting.of(3)
     survivor = nodes[0]
-    if survivor.replica.is_leader:
-        survivor.replica.transfer(nodes[1].replica_id)
-        await until(lambda: nodes[1].replica.is_leader)
-    leader = await voting.until_led()
+    await voting.let_lead(nodes[1])
+    leader = nodes[1]
     await leader.propose("all have it")
     await voting.until_equal()
     for node in nodes[1:]:
@@ -94,11 +92,8 @@ async def test_an_entry_that_the_survivor_had_and_did_not_know_to_be_committed_s
     autojump_clock: MockClock, voting: VotingCell
 ) -> None:
     nodes = await voting.of(3)
-    leader = await voting.until_led()
     survivor = nodes[0]
-    if survivor is not leader:
-        leader.replica.transfer(survivor.replica_id)
-        await until(lambda: survivor.replica.is_leader)
+    await voting.let_lead(survivor)
     for node in nodes[1:]:
         await voting.kill(node)
     with trio.move_on_after(0.5):
@@ -145,11 +140,8 @@ async def test_who_is_here_and_has_more_is_named_and_must_be_overruled(
 ) -> None:
     nodes = await voting.of(5)
     lagging = nodes[0]
-    leader = await voting.until_led()
-    if leader is lagging:
-        leader.replica.transfer(nodes[1].replica_id)
-        await until(lambda: nodes[1].replica.is_leader)
-    leader = await voting.until_led()
+    await voting.let_lead(nodes[1])
+    leader = nodes[1]
     await voting.until_equal()
     fuller = next(n for n in nodes[1:] if n is not leader)
     for node in nodes[1:]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from replica_cell import ReplicaCell, ReplicaNode
 from knode.consensus.electorate import Electorate, Votes
 from knode.consensus.recovery import Recovery
 from knode.consensus.standing import Standing
+from knode.errors import KnodeError
 from knode.simulation.disk import SimulatedDisk
 
 
@@ -104,6 +105,14 @@ class VotingCell(ReplicaCell):
         """Wait until one that is up leads."""
         await until(lambda: any(n.replica.is_leader for n in self.nodes if self.is_up(n) and n is not but))
         return next(n for n in self.nodes if self.is_up(n) and n.replica.is_leader and n is not but)
+
+    async def let_lead(self, node: VotingNode) -> None:
+        """Hand over to this one; asked again, since a transfer may be given up."""
+        with trio.fail_after(60):
+            while (leader := await self.until_led()) is not node:
+                with suppress(KnodeError):
+                    leader.replica.transfer(node.replica_id)
+                await trio.sleep(0.5)
 
     async def change_disk(self, node: VotingNode, change: Callable[[SimulatedDisk], None]) -> None:
         """End a node's process, change what is on its disk, and start it again."""
