@@ -75,6 +75,10 @@ from knode.consensus.ready import Position, ReadReady, Ready, Recovered, Role
 from knode.consensus.refusals import NotLeader
 from knode.consensus.settings import Settings
 
+PATIENCE_TICKS = 3
+"""Who would have voted for another waits at least this long before it stands itself: long enough for the
+other's disk, and for its votes to come in."""
+
 
 class Raft:
     """One replica.
@@ -495,6 +499,8 @@ class Raft:
     def _receive_vote(self, message: Vote | PreVote) -> None:
         granted = self._may_vote(message) and self._log_is_up_to_date(message)
         if isinstance(message, PreVote):
+            if granted:  # who asked first goes first: two that stand at once may both fail
+                self._timeout = max(self._timeout, self._elapsed + PATIENCE_TICKS)
             term = message.term if granted else self.term
             self._messages.append(PreVoteReply(term, self.id, message.source, granted))
             return
