@@ -268,7 +268,7 @@ class Dispatcher:
         boot = conversation.established.peer_boot
         for assigned in list(self._assigned.values()):
             if member is not None and assigned.member == member.id.raw and assigned.boot not in (None, boot):
-                assigned.boot = None
+                assigned.boot, assigned.scope = None, trio.CancelScope()
                 self._nursery.start_soon(self._hand_over, self._store.live[assigned.fence.task], assigned)
 
     def _wake(self) -> None:
