@@ -128,6 +128,9 @@ class Gossip:
     def _push_statements(self, new: list[SignedStatement]) -> None:
         for body in _packed([s.data for s in new]):
             self._peers.broadcast(STATEMENTS_TOPIC, body)
+            # Whoever was revoked by them hears it before it is sent away, and stops its work.
+            for peer in self._peers.dismissed():
+                peer.send_event(STATEMENTS_TOPIC, body, Context())
 
     def _on_conversation(self, peer: Peer, conversation: Conversation) -> None:
         try:

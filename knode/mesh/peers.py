@@ -118,6 +118,11 @@ class Peers:
         members = self._membership.roster.members.values()
         return [self.peer(member.key) for member in members if member.key != self._key.public]
 
+    def dismissed(self) -> list[Peer]:
+        """Return those that are no members any more and whose links are about to be closed."""
+        members = self._membership.roster.members
+        return [peer for peer in self._peers.values() if peer.conversations and peer.key.raw not in members]
+
     def on_event(self, topic: str, handler: EventHandler) -> None:
         """Call `handler(peer, body)` for events of `topic`: quickly; a KnodeError of it ends the session."""
         self._event_handlers[topic] = handler

@@ -108,10 +108,28 @@ async def test_a_revoked_nodes_links_are_closed_everywhere_within_seconds(cell: 
     assert took_s < 2
     await trio.sleep(60)
     assert b.peer(a).conversation is b.peer(c).conversation is None
-    assert b.peers.refusals[Code.KEY_REVOKED] > 1
     await refused(Code.UNAVAILABLE, b.ask, c, "test.echo")
     assert c.ran == []
     assert b.key.public.raw not in c.peers._peers  # nothing of it is kept
+
+
+async def test_a_revoked_node_that_is_here_hears_of_it_and_one_that_was_away_is_told_nothing(
+    cell: Cell,
+) -> None:
+    a, b, c = await cell.nodes("a", "b", "c")
+    cell.network.cut("a", "c")
+    cell.network.cut("b", "c")
+    await until(lambda: c.peer(a).conversation is c.peer(b).conversation is None)
+    for node in (b, c):
+        await a.membership.revoke(a.member(node))
+    await trio.sleep(10)
+    with pytest.raises(KnodeError) as caught:
+        _ = b.membership.own
+    assert caught.value.code is Code.KEY_REVOKED
+    cell.network.heal("a", "c")
+    cell.network.heal("b", "c")
+    await until(lambda: c.peer(a).shuts_out)
+    assert c.membership.own.name == "c"
 
 
 async def test_a_rotated_key_s_links_are_closed_everywhere_within_seconds_and_the_new_key_s_open(

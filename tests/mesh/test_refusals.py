@@ -279,9 +279,11 @@ async def test_who_is_refused_again_and_again_does_not_set_the_logs_pace(cell: C
     assert a.log.lines[-1][2]["left_out"] == 39
 
 
-async def test_a_revoked_node_soon_dials_seldom(cell: Cell) -> None:
+async def test_a_revoked_node_that_nobody_told_soon_dials_seldom(cell: Cell) -> None:
     a, b = await cell.nodes("a", "b")
+    await b.stop()
     await a.membership.revoke(a.member(b))
+    await b.start(cell.nursery)
     await trio.sleep(600)
     early = a.peers.refusals[Code.KEY_REVOKED]
     assert 5 < early < 20
