@@ -2,7 +2,8 @@
 
 The core (`raft` and what it is made of) is the Raft of Ongaro's dissertation (2014), a pure state machine:
 messages, ticks and proposals go in; `Ready` values come out that say what must be made durable, what may be
-sent when, and what is committed. `journal` keeps the log on disk, `replica` is the trio shell around both.
+sent when, and what is committed. `journal` keeps the log on disk, `driver` drives both and the state machine,
+`replica` is the shell around them in the mesh.
 
 Raft is safe against crashes and lost messages, not against lying members: it lives inside one owner's cell.
 
