@@ -71,6 +71,16 @@ async def stored_statements(database: Database) -> list[SignedStatement]:
     return [open_statement(data) for [data] in await database.read(read)]
 
 
+async def stored_members(database: Database) -> int:
+    """Return how many members the cell has, as far as a node has made it durable; 0 outside of a cell."""
+
+    def read(connection: apsw.Connection) -> list[Any]:
+        return connection.execute("SELECT id FROM cell").fetchall()
+
+    cells = await database.read(read)
+    return len(resolve(cells[0][0], await stored_statements(database)).members) if cells else 0
+
+
 class Membership:
     """What this node knows of its cell. One writer: the node's own tasks."""
 

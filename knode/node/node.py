@@ -38,7 +38,7 @@ from knode.mesh.roster import Member
 from knode.mesh.statements import Role
 from knode.mesh.ticket import Ticket
 from knode.mesh.ways import fitting
-from knode.node.database import open_database
+from knode.node.database import open_database, open_ledger
 from knode.node.keys import install_next_key, make_next_key
 from knode.storage import Database
 from knode.tasks.attempts import Attempts
@@ -223,7 +223,7 @@ class Node:
         async with AsyncExitStack() as opened:
             database = await open_database(world, home)
             opened.push_async_callback(database.aclose)
-            ledger = await LedgerStore.open(world, home.ledger)
+            ledger = await open_ledger(world, home, database, log)
             opened.push_async_callback(ledger.aclose)
             work = await Work.open(world, home.work)
             opened.push_async_callback(work.aclose)

@@ -65,6 +65,13 @@ class LedgerStore:
             await database.aclose()
             raise
 
+    @classmethod
+    async def open_anew(cls, world: World, path: Path) -> LedgerStore:
+        """Remove what is there, and open an empty ledger. Raises as `open`."""
+        for suffix in ("", "-wal", "-journal"):
+            await world.blocking.run(partial(world.disk.remove, path.with_name(path.name + suffix)))
+        return await cls.open(world, path)
+
     async def aclose(self) -> None:
         """Close the file; twice is no error."""
         await self._database.aclose()
@@ -226,9 +233,21 @@ class LedgerStore:
         return await self.sync()
 
     async def clear(self) -> None:
-        """Forget everything, durably, as if nothing had ever been applied. Raises as `apply`."""
-        await self._replace(dump.read_nothing)
-        await self.sync()
+        """Forget everything, durably, as if nothing had ever been applied; a damaged file too.
+
+        Raises:
+            KnodeError: DISK_FULL, DISK_READ_ONLY; HOME_DAMAGED when not even a new file can be made.
+        """
+        try:
+            await self._replace(dump.read_nothing)
+            await self.sync()
+        except KnodeError as error:
+            if error.code is not Code.HOME_DAMAGED:
+                raise
+            await self._database.aclose()
+            before, fresh = self._held, await self.open_anew(self._world, self._path)
+            self._database, self._held = fresh._database, fresh._held
+            self._tell([Change(id, task.state, None) for id, task in before.live.items()])
 
     async def _replace(self, write: Callable[[apsw.Connection], None]) -> None:
         """Replace all rows, and tell what became of the tasks that had not ended."""
