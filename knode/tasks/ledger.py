@@ -53,7 +53,8 @@ KEPT_TASKS = 10_000
 KEPT_RESULT_BYTES = 128 * 1024 * 1024
 MAX_STREAM_BYTES = 1024 * 1024 * 1024
 """Operations that are kept."""
-FORGOTTEN_AT_ONCE = 1_000
+FORGOTTEN_AT_ONCE = 250
+"""By one `Forget`, so that what comes after it waits a few milliseconds at most."""
 MAX_DEPTH = 8
 """Generations of follow-up tasks."""
 MAX_ATTEMPT = 1_000

@@ -14,7 +14,7 @@ from knode.errors import Code, KnodeError
 from knode.storage import Database
 from knode.tasks import dump, tables
 from knode.tasks.commands import decode_command
-from knode.tasks.ledger import KEPT_TASKS, apply
+from knode.tasks.ledger import apply
 from knode.tasks.lifecycle import State
 from knode.tasks.records import Change, LedgerTask, Operation, Outcome, TaskRecord, Totals
 from knode.tasks.tables import MIGRATIONS, Batch, Held
@@ -121,11 +121,6 @@ class LedgerStore:
             State.CANCELLED: totals.cancelled,
             State.EXPIRED: totals.expired,
         }
-
-    def has_forgettable(self, before: int) -> bool:
-        """Tell whether a `Forget` may find a task: more are kept than wanted, and one has ended whose
-        `not_after` is less than `before`."""
-        return self._held.totals.kept > KEPT_TASKS and self._held.oldest_not_after < before
 
     async def task(self, id: bytes) -> TaskRecord | None:
         """Return a task with what was asked for or what came of it; None when it is not kept."""

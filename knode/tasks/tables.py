@@ -98,12 +98,10 @@ _considered: Decoder[tuple[Considered, ...]] = Decoder(tuple[Considered, ...])
 class Held:
     """What the ledger holds in memory: the totals, and every task that has not ended."""
 
-    def __init__(self, totals: Totals, live: dict[bytes, LedgerTask], oldest_not_after: int) -> None:
+    def __init__(self, totals: Totals, live: dict[bytes, LedgerTask]) -> None:
         self.totals = totals
         self.live = live
         """By id, in order of submission."""
-        self.oldest_not_after = oldest_not_after
-        """No task that has ended and is kept has a lesser `not_after`."""
         self.usage: dict[bytes, Usage] = {}
         for task in live.values():
             _use(self.usage, task, 1)
@@ -112,7 +110,7 @@ class Held:
     def load(cls, connection: apsw.Connection) -> Held:
         """Return what the tables say."""
         live = {task.id: task for task in map(task_of, connection.execute(_LIVE))}
-        return cls(read_totals(connection), live, _oldest_not_after(connection))
+        return cls(read_totals(connection), live)
 
 
 class Batch:
@@ -123,8 +121,6 @@ class Batch:
         self._held = held
         self.totals = Totals(*astuple(held.totals))
         self.changes: list[Change] = []
-        self._connection = connection
-        self._oldest_not_after = held.oldest_not_after
         self._usage = dict(held.usage)
         self._live: dict[bytes, LedgerTask | None] = {}
         """What became of tasks that had not ended; None: they have."""
@@ -136,7 +132,7 @@ class Batch:
     def publish(self) -> None:
         """Let what this batch changed be seen; once its transaction is committed."""
         held = self._held
-        held.totals, held.usage, held.oldest_not_after = self.totals, self._usage, self._oldest_not_after
+        held.totals, held.usage = self.totals, self._usage
         for id, task in self._live.items():
             if task is None:
                 held.live.pop(id, None)
@@ -193,7 +189,6 @@ class Batch:
         if result is not None:
             self._execute("INSERT INTO result (ended, data) VALUES (?, ?)", (task.ended, result))
         _use(self._usage, task, -1)
-        self._oldest_not_after = min(self._oldest_not_after, task.not_after)
         self._live[task.id] = None
         self.changes.append(Change(task.id, before.state, task))
 
@@ -205,8 +200,6 @@ class Batch:
     def forget(self, task: LedgerTask) -> None:
         """Drop a task."""
         self._execute("DELETE FROM task WHERE number = ?", (task.number,))
-        if task.not_after <= self._oldest_not_after:
-            self._oldest_not_after = _oldest_not_after(self._connection)
         self.changes.append(Change(task.id, task.state, None))
 
     def append(self, place: int, time: int, fence: Fence, data: bytes) -> None:
@@ -245,11 +238,6 @@ def read_totals(connection: apsw.Connection) -> Totals:
     """Return where the ledger stands."""
     row = connection.execute(_LOAD_TOTALS).fetchone()
     return Totals() if row is None else Totals(*row)
-
-
-def _oldest_not_after(connection: apsw.Connection) -> int:
-    row = connection.execute(_OLDEST).fetchone()
-    return 2**62 if row is None else int(row[0])
 
 
 def read_task(connection: apsw.Connection, id: bytes) -> TaskRecord | None:

@@ -111,6 +111,28 @@ async def test_a_power_cut_at_any_point_keeps_whole_transactions_and_all_acknowl
     assert lost == 0 if synchronous == "FULL" else lost > 0
 
 
+async def test_what_was_synced_survives_every_power_cut_from_then_on() -> None:
+    disk = new_disk()
+    synced = 0
+    cuts: list[tuple[int, SimulatedDisk]] = []
+    disk.watch(lambda event: cuts.append((synced, disk.crash(Seeded(len(cuts))))))
+    database = await Database.open(world_on(disk), PATH, SCHEMA, synchronous="NORMAL")
+    for step in range(20):
+        await database.write(add_step(step))
+        if step % 5 == 4:
+            await database.sync()
+            synced = step + 1
+    await database.sync()
+    synced = 20
+    cuts.append((synced, disk.crash(Seeded(len(cuts)))))
+    await database.aclose()
+    disk.close()
+    for known, found in cuts:
+        steps = await steps_after(found)
+        assert steps == list(range(len(steps)))
+        assert len(steps) >= known
+
+
 async def test_a_database_that_lost_power_goes_on_and_loses_it_again() -> None:
     disk = new_disk()
     expected: list[int] = []
