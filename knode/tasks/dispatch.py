@@ -154,8 +154,8 @@ class Dispatcher:
     # What others of this node ask.
 
     def now(self) -> int:
-        """Return the time that a command carries: the ledger's never goes back."""
-        return max(self._world.clock.wall(), self._store.now)
+        """Return the time that a command carries."""
+        return self._store.time()
 
     async def propose(self, command: Command) -> Outcome:
         """Have a command committed, and return what it did.

@@ -45,6 +45,8 @@ class LedgerStore:
         self._path = path
         self._database = database
         self._held = held
+        self._seen_at = world.clock.monotonic()
+        """When the ledger's time was last put forward here."""
         self.on_change: list[Callable[[Sequence[Change]], None]] = []
         """Called after each batch with what it changed, in order; must not raise. After `restore` and
         `clear`: with the tasks that had not ended before or have not ended now."""
@@ -97,6 +99,15 @@ class LedgerStore:
     def now(self) -> int:
         """The ledger's time: the greatest that any entry had, milliseconds."""
         return self._held.totals.now
+
+    def time(self) -> int:
+        """Return the time that a command proposed now should carry, milliseconds.
+
+        The wall clock's, but never before the ledger's; and where an earlier leader's clock was ahead, the
+        ledger's time goes on from there instead of standing still, so that waits and deadlines still pass.
+        """
+        since_ms = int((self._world.clock.monotonic() - self._seen_at) * 1000)
+        return max(self._world.clock.wall(), self.now + since_ms)
 
     @property
     def level(self) -> int:
@@ -192,7 +203,10 @@ class LedgerStore:
         Cancelled before the transaction begins, nothing was applied; after that it is applied and seen.
         """
         batch, outcomes = await self._database.write(partial(_apply, held=self._held, entries=entries))
+        before = self.now
         batch.publish()
+        if self.now > before:
+            self._seen_at = self._world.clock.monotonic()
         self._tell(batch.changes)
         return outcomes
 

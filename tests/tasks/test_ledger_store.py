@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import trio
-from ledger_commands import BEN, FIRST, Cell, InPlace, cell, id_of, new_task
+from ledger_commands import BEN, FIRST, PATH, Cell, InPlace, cell, id_of, new_task
+from trio.testing import MockClock
 
 from knode.consensus.state_machine import StateMachine
 from knode.errors import Code, KnodeError
 from knode.simulation.disk import SimulatedDisk
+from knode.simulation.world import SimulatedClock, SimulatedRandomness
 from knode.tasks.lifecycle import State
 from knode.tasks.records import Change
 from knode.tasks.store import LedgerStore
@@ -99,6 +101,26 @@ async def test_listeners_hear_each_change_once_it_is_durable_in_order() -> None:
             (id_of(1), State.ASSIGNED, State.SUCCEEDED),
             (id_of(2), None, State.QUEUED),
         ]
+
+
+async def test_time_goes_on_where_an_earlier_leaders_clock_was_ahead(autojump_clock: MockClock) -> None:
+    disk = SimulatedDisk()
+    disk.make_folder(PATH.parent)
+    clock = SimulatedClock()
+    world = World(clock, SimulatedRandomness(0, "node"), disk, InPlace())
+    store = await LedgerStore.open(world, PATH)
+    c = Cell(store, world)
+    assert store.time() == clock.wall()
+    c.now = clock.wall() + 3_600_000
+    await c.one(c.submit(1, to=BEN))
+    await c.one(c.fail(1))
+    await trio.sleep(2)
+    assert store.time() == c.now + 2000
+    assert store.live[id_of(1)].not_before < store.time(), "its wait is over, though no clock here says so"
+    clock.skew_s = 7200
+    assert store.time() == clock.wall()
+    await store.aclose()
+    disk.close()
 
 
 async def test_a_full_disk_applies_nothing_and_the_same_entries_apply_later() -> None:
