@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from knode.consensus.voters import MAX_VOTERS
 from knode.control.client import Client
 from knode.errors import Code, KnodeError
 from knode.home.layout import Home
@@ -31,7 +32,8 @@ DISCOVERY = {"mdns": False, "libp2p": False}
 """A testnet is not to be heard on the machine's own network, unless its topology says else."""
 STATE_FILE = "testnet.json"
 SEEN_TIMEOUT_S = 60.0
-"""How long `up` waits, once all have joined, until every node sees every other."""
+"""How long `up` waits, once all have joined, until every node sees every other, knows the leader, and all
+who should vote do."""
 
 ANSWER_TIMEOUT_S = 5.0
 """How long a node that runs may take to answer, before it counts as held up."""
@@ -79,7 +81,8 @@ class Testnet:
 
     @classmethod
     def build(cls, folder: Path, topology: Topology, *, tell: Tell = lambda text: None) -> Testnet:
-        """Make and start nodes, joined to one cell; return when each sees all of them alive.
+        """Make and start nodes, joined to one cell; return when each sees all of them alive and
+        knows the leader, and all who should vote do.
 
         A failure and an interruption (KeyboardInterrupt) stop all that was started and remove all that
         was made before they are raised again.
@@ -91,8 +94,8 @@ class Testnet:
 
         Raises:
             KnodeError: HOME_EXISTS when the folder is in use, UNAVAILABLE where the topology needs
-                namespaces and none are to be had, TIMEOUT when the nodes do not all see each other within
-                60 seconds, or what a command of a node raised.
+                namespaces and none are to be had, TIMEOUT when that does not come about within 60
+                seconds, or what a command of a node raised.
         """
         folder = folder.resolve()
         made_folder = _claim(folder)
@@ -111,7 +114,7 @@ class Testnet:
                 Namespaces.start(folder, topology)
             made._form_cell(command_line, tell)
             made._save()
-            made._await_all_seen(tell)
+            made._await_ready(tell)
         except BaseException:
             with _uninterrupted():
                 tell("stopping and removing what was started")
@@ -349,19 +352,35 @@ class Testnet:
         }
         _write(self.folder / STATE_FILE, document)
 
-    def _await_all_seen(self, tell: Tell) -> None:
-        tell(f"waiting until every node sees all {len(self.nodes)}")
+    def _await_ready(self, tell: Tell) -> None:
+        """Wait until every node sees all, knows the leader, and knows that all who should vote do."""
+        tell(f"waiting until every node sees all {len(self.nodes)}, and who should vote votes")
         deadline = time.monotonic() + SEEN_TIMEOUT_S
-        everyone = {node.node_id for node in self.nodes}
         for node in self.nodes:
-            while (seen := _seen_alive(node)) != everyone:
+            while (missing := self._missing(node)) is not None:
                 if time.monotonic() > deadline:
-                    raise KnodeError(
-                        Code.TIMEOUT,
-                        f"{node.name} sees {len(seen)} of {len(everyone)} nodes alive "
-                        f"after {SEEN_TIMEOUT_S:.0f} s",
-                    )
+                    raise KnodeError(Code.TIMEOUT, f"after {SEEN_TIMEOUT_S:.0f} s {node.name} {missing}")
                 time.sleep(_POLL_S)
+
+    def _missing(self, node: TestnetNode) -> str | None:
+        """Return what a node does not see yet; None when it sees all."""
+        everyone = {node.node_id for node in self.nodes}
+        due = voters_due(len(everyone))
+        with Client.connect(Home(node.home)) as client:
+            status = client.call("status", silence_s=SEEN_TIMEOUT_S)
+            members = client.call("member.list", silence_s=SEEN_TIMEOUT_S)
+        alive = {m["node_id"] for m in status["members"] if m["state"] == "alive"}
+        voters = sum(member["votes"] == "voter" for member in members)
+        if alive != everyone:
+            return f"sees {len(alive)} of {len(everyone)} nodes alive"
+        if status["leader"] is None:
+            return "knows no leader"
+        return None if voters == due else f"knows {voters} of {due} voters"
+
+
+def voters_due(nodes: int) -> int:
+    """Return how many of so many nodes vote in the end: never two."""
+    return 1 if nodes == 2 else min(nodes, MAX_VOTERS)
 
 
 def _node_of(folder: Path, row: dict[str, Any]) -> TestnetNode:
@@ -417,11 +436,6 @@ def _write(file: Path, document: dict[str, Any]) -> None:
     draft = file.with_name(f".{file.name}")
     draft.write_text(json.dumps(document, indent=2) + "\n")
     draft.replace(file)
-
-
-def _seen_alive(node: TestnetNode) -> set[str]:
-    states = _states_seen(node, silence_s=SEEN_TIMEOUT_S)
-    return {node_id for node_id, state in states.items() if state == "alive"}
 
 
 def _states_seen(node: TestnetNode, *, silence_s: float) -> dict[str, str]:
