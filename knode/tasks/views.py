@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+
+import msgspec
 
 from knode.mesh.roster import Roster
 from knode.tasks.lifecycle import State
@@ -96,8 +99,17 @@ def effect_document(effect: Effect) -> dict[str, Any]:
         "sequence": effect.sequence,
         "task": effect.task.hex(),
         "attempt": effect.attempt,
-        "operation": readable(effect.operation),
+        "operation": _operation(effect.operation),
     }
+
+
+def _operation(data: bytes) -> Any:
+    """Return the JSON value that an agent gave; whatever else it may be as a result is shown."""
+    shown = readable(data)
+    if isinstance(shown, str):
+        with contextlib.suppress(msgspec.DecodeError):
+            return msgspec.json.decode(shown, type=str | float | int | bool | None)
+    return shown
 
 
 def progress_document(report: Report, node: str | None) -> dict[str, Any]:
