@@ -10,8 +10,7 @@ A command is done whole, or refused with a named error and changes nothing but t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol, assert_never
+from typing import assert_never
 
 from msgspec.structs import replace
 
@@ -40,7 +39,7 @@ from knode.tasks.commands import (
     task_digest,
 )
 from knode.tasks.lifecycle import TRANSITIONS, Event, State
-from knode.tasks.records import KEY_GRACE_MS, LedgerTask, Outcome, Totals, Usage
+from knode.tasks.records import KEY_GRACE_MS, LedgerTask, Outcome, Tables, Totals
 
 MAX_LIVE_TASKS = 10_000
 """Tasks that have not ended; half of them of one submitter."""
@@ -66,68 +65,6 @@ RETRY_DELAY_MS = 1_000
 MAX_RETRY_DELAY_MS = 300_000
 REFUSED_DELAY_MS = 100
 MAX_REFUSED_DELAY_MS = 30_000
-
-
-class Tables(Protocol):
-    """Where the ledger stands. What was changed is seen at once by who reads."""
-
-    totals: Totals
-
-    def task(self, id: bytes) -> LedgerTask | None:
-        """Return a task, ended or not."""
-        ...
-
-    def by_key(self, submitter: bytes, key: str) -> LedgerTask | None:
-        """Return the task that has the key."""
-        ...
-
-    def usage(self, submitter: bytes) -> Usage:
-        """Return what a submitter's tasks take that have not ended; all submitters' for an empty one."""
-        ...
-
-    def assigned(self) -> Iterable[LedgerTask]:
-        """Return the tasks that are assigned, in order of submission; they may be changed meanwhile."""
-        ...
-
-    def add(self, task: LedgerTask, asked: NewTask, considered: tuple[Considered, ...]) -> None:
-        """Add a task; `considered` when it is assigned."""
-        ...
-
-    def assign(self, task: LedgerTask, considered: tuple[Considered, ...]) -> None:
-        """Keep a task's new attempt."""
-        ...
-
-    def requeue(self, task: LedgerTask) -> None:
-        """Keep a task that is queued again."""
-        ...
-
-    def end(self, task: LedgerTask, result: bytes | None) -> None:
-        """Keep a task that has ended; what was asked for is dropped."""
-        ...
-
-    def drop_result(self, ended: int) -> int:
-        """Drop the result of the task that ended at this place; return its bytes, 0 when there is none."""
-        ...
-
-    def with_old_keys(self, before: int, limit: int) -> Iterable[LedgerTask]:
-        """Return up to `limit` tasks that have ended and whose `not_after` is less, the least first."""
-        ...
-
-    def forget(self, task: LedgerTask) -> None:
-        """Drop all of a task that has ended."""
-        ...
-
-    def append(self, place: int, time: int, fence: Fence, data: bytes) -> None:
-        """Append an operation at the next place of all."""
-        ...
-
-    def has_begun(self, incarnation: bytes) -> bool:
-        """Tell whether this incarnation is, or was, the cell's."""
-        ...
-
-    def begin(self, number: int, incarnation: bytes, first_operation: int) -> None:
-        """Keep where an incarnation's stream begins."""
-        ...
 
 
 def apply(tables: Tables, command: Command) -> Outcome:

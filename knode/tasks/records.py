@@ -1,8 +1,9 @@
-"""What the ledger holds, and what it says of a command: values only."""
+"""What the ledger holds, what it says of a command, and what it asks of its tables: values only."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Protocol
 
 from msgspec import Meta, Struct
 
@@ -174,3 +175,65 @@ class Outcome(Struct, frozen=True):
         """Return when it was done; else raise the KnodeError that says why not."""
         if self.code is not None:
             raise KnodeError(self.code, self.why, self.next_step)
+
+
+class Tables(Protocol):
+    """Where the ledger stands. What was changed is seen at once by who reads."""
+
+    totals: Totals
+
+    def task(self, id: bytes) -> LedgerTask | None:
+        """Return a task, ended or not."""
+        ...
+
+    def by_key(self, submitter: bytes, key: str) -> LedgerTask | None:
+        """Return the task that has the key."""
+        ...
+
+    def usage(self, submitter: bytes) -> Usage:
+        """Return what a submitter's tasks take that have not ended; all submitters' for an empty one."""
+        ...
+
+    def assigned(self) -> Iterable[LedgerTask]:
+        """Return the tasks that are assigned, in order of submission; they may be changed meanwhile."""
+        ...
+
+    def add(self, task: LedgerTask, asked: NewTask, considered: tuple[Considered, ...]) -> None:
+        """Add a task; `considered` when it is assigned."""
+        ...
+
+    def assign(self, task: LedgerTask, considered: tuple[Considered, ...]) -> None:
+        """Keep a task's new attempt."""
+        ...
+
+    def requeue(self, task: LedgerTask) -> None:
+        """Keep a task that is queued again."""
+        ...
+
+    def end(self, task: LedgerTask, result: bytes | None) -> None:
+        """Keep a task that has ended; what was asked for is dropped."""
+        ...
+
+    def drop_result(self, ended: int) -> int:
+        """Drop the result of the task that ended at this place; return its bytes, 0 when there is none."""
+        ...
+
+    def with_old_keys(self, before: int, limit: int) -> Iterable[LedgerTask]:
+        """Return up to `limit` tasks that have ended and whose `not_after` is less, the least first."""
+        ...
+
+    def forget(self, task: LedgerTask) -> None:
+        """Drop all of a task that has ended."""
+        ...
+
+    def append(self, place: int, time: int, fence: Fence, data: bytes) -> None:
+        """Append an operation at the next place of all."""
+        ...
+
+    def has_begun(self, incarnation: bytes) -> bool:
+        """Tell whether this incarnation is, or was, the cell's."""
+        ...
+
+    def begin(self, number: int, incarnation: bytes, first_operation: int) -> None:
+        """Keep where an incarnation's stream begins."""
+        ...

@@ -114,7 +114,7 @@ class Held:
 
 
 class Batch:
-    """The tables within one transaction; implements `ledger.Tables`."""
+    """The tables within one transaction; implements `records.Tables`."""
 
     def __init__(self, connection: apsw.Connection, held: Held) -> None:
         self._execute = connection.execute
@@ -142,7 +142,7 @@ class Batch:
     # Reading.
 
     def task(self, id: bytes) -> LedgerTask | None:
-        """Return a task; for this and all below see `ledger.Tables`."""
+        """Return a task; for this and all below see `records.Tables`."""
         task = self._live[id] if id in self._live else self._held.live.get(id)
         return task or self._one(_BY_ID, (id,))
 
