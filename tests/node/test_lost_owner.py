@@ -76,9 +76,11 @@ def test_a_cell_whose_owner_s_machine_was_lost_goes_on_with_the_recovery_key(mac
     attic.knode("member", "recover", given=recovery[:-2] + "\n", code=2)
     assert attic.members == ["attic", "barn", "desk"]
 
+    desk.knode("down")
     recovered = attic.knode("member", "recover", "--revoke", "desk", given=recovery + "\n")
     assert [member["name"] for member in recovered["revoked"]] == ["desk"]
     until(lambda: barn.members == ["attic", "barn"])
+    desk.knode("up", "--detach")
     until(lambda: any("this node was revoked" in warning for warning in desk.ask("status")["warnings"]))
     assert desk.state_of("barn") != "alive"
     submission = ("kExecutor:text", "--input", '{"op":"count","text":"a b"}', "--direct", "--wait")
