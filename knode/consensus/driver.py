@@ -70,8 +70,6 @@ class Driver:
         backlog: Backlog,
         installation: Installation,
         log: Log,
-        *,
-        send: Callable[[Sequence[Message]], None],
     ) -> None:
         self.raft = raft
         self.dropped = 0
@@ -90,7 +88,7 @@ class Driver:
         self._backlog = backlog
         self._installation = installation
         self._log = log
-        self._send = send
+        self._send: Callable[[Sequence[Message]], None] = lambda messages: None
         self._work = trio.Event()
         self._inbox: deque[tuple[Message, int]] = deque()
         self._inbox_bytes = 0
@@ -116,14 +114,18 @@ class Driver:
         self._scope = trio.CancelScope()
         self._ended = False
 
-    async def run(self) -> None:
+    async def run(self, send: Callable[[Sequence[Message]], None]) -> None:
         """Work until cancelled, or until the disk has failed; then close the log.
+
+        Args:
+            send: takes messages for other replicas, and may lose any; must not raise.
 
         Raises:
             KnodeError: why this replica must not speak any more.
 
         Cancelling waits for what the disk does now. Proposals that wait end with UNKNOWN.
         """
+        self._send = send
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:

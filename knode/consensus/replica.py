@@ -6,7 +6,7 @@ Every member has a replica. Until the leader's configuration names it, it is sil
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,33 +22,26 @@ from knode.consensus.envelope import (
     REFUSED_TOPIC,
     TOPIC,
     Asked,
-    Envelope,
     Leading,
     Offer,
     Readable,
-    Refused,
-    envelopes,
     leadings,
     readables,
-    refusals,
 )
 from knode.consensus.holdings import Holdings
 from knode.consensus.installation import DISK_TAKES_NOTHING
-from knode.consensus.messages import Configuration, Entry, Index, InstallSnapshot, Message, ReplicaId, Term
+from knode.consensus.messages import Configuration, Entry, Index, ReplicaId, Term
+from knode.consensus.post import Post, not_taken, unfit
 from knode.consensus.raft import Raft
 from knode.consensus.settings import Settings
 from knode.consensus.standing import Standing
 from knode.consensus.state_machine import StateMachine
 from knode.consensus.transfer import METHOD as SNAPSHOT_METHOD
-from knode.consensus.transfer import Transfers
-from knode.consensus.voters import VOTING_ROLES, member_of
+from knode.consensus.voters import member_of
 from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
-from knode.klp.codec import encode
-from knode.klp.messages import Context
 from knode.mesh.incarnations import Incarnation, Verdict
 from knode.mesh.liveness import PeerState
-from knode.mesh.member_log import MemberLog
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peer import Peer
@@ -57,8 +50,6 @@ from knode.mesh.roster import Member
 from knode.storage import Database
 from knode.world import Log, Monotonic, World
 
-NOTES = 256
-"""Messages that wait until it is recorded what their senders have shown."""
 HAND_OVER_S = 1.0
 ASK_AGAIN_S = 0.2
 LOOK_AGAIN_S = 2.0
@@ -87,7 +78,7 @@ class _Life:
 
     standing: Standing
     driver: Driver
-    transfers: Transfers
+    post: Post
 
 
 class Replica:
@@ -131,14 +122,10 @@ class Replica:
         self._state_machine = state_machine
         self._holdings = Holdings(world, folder, state_machine, first_command)
         self._log = log
-        self._member_log = MemberLog(world.clock, log)
         self._settings = settings or Settings()
         self._life: _Life | None = None
-        self._unrecorded: deque[Envelope | Refused] = deque()
-        self._record_work = trio.Event()
         self._told_leader: bytes | None = None
         """Raw id of the member that leads, as another member said."""
-        self._told_refusal: dict[ReplicaId, float] = {}
         self._scope = trio.CancelScope()
         self._ended_life = trio.Event()
         self._news = trio.Event()
@@ -314,7 +301,7 @@ class Replica:
             self._stop_for_now(error)
         standing = self.standing
         if standing is not None and standing.unfit is not None and len(self._membership.roster.members) == 1:
-            raise _unfit(standing.unfit)
+            raise unfit(standing.unfit)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take part until cancelled, as long and as often as this node may.
@@ -352,16 +339,14 @@ class Replica:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(life.transfers.run)
-                    nursery.start_soon(self._record)
+                    nursery.start_soon(life.post.run)
                     try:
-                        await life.driver.run()
+                        await life.driver.run(life.post.send)
                     except KnodeError as error:
                         await self._stop(life.standing, error)
                     nursery.cancel_scope.cancel()
         finally:
             self._life = None
-            self._unrecorded.clear()
             self._ended_life.set()
 
     @asynccontextmanager
@@ -456,7 +441,7 @@ class Replica:
         self._may_renew = self._stopped_for_now = False
         verdict = self._verdict(standing)
         if standing.unfit is not None:
-            self.stopped = _unfit(standing.unfit)
+            self.stopped = unfit(standing.unfit)
         elif verdict in _WHY_NOT:
             self.stopped = KnodeError(Code.UNAVAILABLE, *_WHY_NOT[verdict])
         else:
@@ -499,19 +484,20 @@ class Replica:
             backlog,
             installation,
             self._log,
-            send=self._send,
         )
         driver.on_applied.append(self._tell_applied)
         driver.on_leader.append(self._tell_leader)
-        transfers = Transfers(
+        post = Post(
             self._world,
-            self._holdings.files,
+            self._membership,
+            self._peers,
+            standing,
             driver,
+            self._holdings.files,
             self._log,
-            peer_of=self._peer_of,
-            envelope=self._envelope,
+            self.dropped,
         )
-        return _Life(standing, driver, transfers)
+        return _Life(standing, driver, post)
 
     def _stop_for_now(self, error: KnodeError) -> None:
         """Take no part until the disk takes more; it is asked again."""
@@ -527,7 +513,7 @@ class Replica:
         self._halted = error.code is not Code.HOME_DAMAGED
         if self._halted or standing.unfit is not None:
             return
-        self.stopped = _unfit(error.message)
+        self.stopped = unfit(error.message)
         try:
             await standing.mark_unfit(error.message)
         except KnodeError as failure:
@@ -551,132 +537,24 @@ class Replica:
         if life.driver.is_leader:
             self._log.info("this node leads the cell", term=self.term)
         else:
-            life.transfers.stop_sending()
+            life.post.stop_sending()
             self._log.info("this node leads the cell no more", term=self.term)
         for tell in self.on_leader:
             tell()
 
-    # What goes out.
-
-    def _envelope(self, message: Message) -> Envelope:
-        standing = self._working().standing
-        return Envelope(standing.incarnation.hash, standing.start, standing.boot, message)
-
-    def _peer_of(self, replica: ReplicaId) -> Peer | None:
-        member = self._membership.roster.holders.get(member_of(replica))
-        return self._peers.peer(member.key) if member is not None else None
-
-    def _send(self, messages: Sequence[Message]) -> None:
-        for message in messages:
-            if isinstance(message, InstallSnapshot):
-                self._working().transfers.send(message)
-                continue
-            peer = self._peer_of(message.target)
-            body = encode(self._envelope(message))
-            if peer is None or not peer.offer_event(TOPIC, body, Context()):
-                self.dropped["not sent"] += 1
-
-    # What comes in.
+    # What peers say and ask.
 
     def _take(self, key: PublicKey, body: bytes) -> None:
-        """Take a message of a peer; what no honest member sends ends the session."""
-        envelope = envelopes.decode(body)
-        if isinstance(envelope.message, InstallSnapshot):
-            raise KnodeError(Code.BAD_FRAME, "a state comes with its bytes")
-        self._check_owner(key, envelope)
-        life = self._life
-        if life is None or not self._counts(life, key, envelope):
-            return
-        message = envelope.message
-        match life.standing.admits(message.source, envelope.start, envelope.boot):
-            case True:
-                life.driver.receive(message, len(body))
-            case None:
-                self._queue(envelope)
-            case False:
-                self._refuse(life.standing, key, message.source)
-
-    def _check_owner(self, key: PublicKey, envelope: Envelope) -> None:
-        member = self._membership.roster.holders.get(key.raw)
-        if member is None or member.id.raw != member_of(envelope.message.source):
-            raise KnodeError(Code.NOT_ALLOWED, "a member speaks for another one's replica")
-
-    def _is_heard(self, life: _Life, key: PublicKey) -> bool:
-        """Tell whether this member may vote, or is named still: whoever is heard could lead."""
-        member = self._membership.roster.holders.get(key.raw)
-        if member is None or member.role in VOTING_ROLES:
-            return member is not None
-        return member.id.raw in map(member_of, everyone(life.driver.raft.configuration))
-
-    def _counts(self, life: _Life, key: PublicKey, envelope: Envelope) -> bool:
-        """Tell whether it is from who is heard, of this incarnation, and for this replica."""
-        if not self._is_heard(life, key):
-            self.dropped["no voting role"] += 1
-            return False
-        if envelope.incarnation != life.standing.incarnation.hash:
-            self.dropped["another incarnation"] += 1
-            return False
-        if envelope.message.target != life.standing.replica_id:
-            self.dropped["another replica"] += 1
-            return False
-        return True
-
-    async def _record(self) -> None:
-        """Record what others have shown, or say to have been shown, in order."""
-        while True:
-            while self._unrecorded:
-                try:
-                    await self._take_recorded(self._unrecorded.popleft())
-                except KnodeError as error:
-                    self.dropped["not recorded"] += 1
-                    self._log.warning("a replica's start cannot be recorded", why=str(error))
-            self._record_work = trio.Event()
-            await self._record_work.wait()
-
-    async def _take_recorded(self, item: Envelope | Refused) -> None:
-        """Let a message in once what its sender has shown is durable; end when this home is an old copy."""
-        life = self._working()
-        match item:
-            case Envelope(message=message):
-                if await life.standing.note(message.source, item.start, item.boot):
-                    life.driver.receive(message, len(encode(message)))
-            case Refused(start=start, boot=boot):
-                if await life.standing.told(start, boot):
-                    life.driver.fail(_unfit(life.standing.unfit or ""))
-
-    def _queue(self, item: Envelope | Refused) -> None:
-        if len(self._unrecorded) < NOTES:
-            self._unrecorded.append(item)
-            self._record_work.set()
-        else:
-            self.dropped["not recorded"] += 1
-
-    def _refuse(self, standing: Standing, key: PublicKey, source: ReplicaId) -> None:
-        """Drop it, and tell its sender, once a second, what it is refused for."""
-        self.dropped["refused"] += 1
-        shown, now = standing.shown(source), self._world.clock.monotonic()
-        if shown is None or now < self._told_refusal.get(key.raw, now):
-            return
-        self._told_refusal[key.raw] = now + 1.0
-        self._member_log.warning("an old copy of a replica is refused", peer=key.node_id)
-        self._peers.peer(key).offer_event(REFUSED_TOPIC, encode(Refused(source, *shown)), Context())
+        if self._life is not None:
+            self._life.post.take(key, body)
 
     def _take_refusal(self, key: PublicKey, body: bytes) -> None:
-        refused = refusals.decode(body)
-        life = self._life
-        if life is not None and refused.replica == life.standing.replica_id and self._is_heard(life, key):
-            self._queue(refused)
+        if self._life is not None:
+            self._life.post.take_refusal(key, body)
 
     def _lose(self, peer: Peer) -> None:
-        """Tell the core that the last link to a member has ended."""
-        life = self._life
-        if life is None:
-            return
-        for replica in everyone(life.driver.raft.configuration):
-            if replica != life.standing.replica_id and self._peer_of(replica) is peer:
-                life.driver.lost(replica)
-
-    # What peers ask.
+        if self._life is not None:
+            self._life.post.lose(peer)
 
     async def _answer_read(self, call: Call, asked: Asked) -> Readable:
         life = self._asked(asked)
@@ -688,16 +566,7 @@ class Replica:
         return Leading(leader.id.raw if leader is not None else b"")
 
     async def _answer_snapshot(self, call: Call, offer: Offer) -> None:
-        envelope, life = offer.envelope, self._working()
-        message = envelope.message
-        if call.stream is None or not isinstance(message, InstallSnapshot):
-            raise KnodeError(Code.INVALID_ARGUMENT, "a state comes on a stream, with its snapshot")
-        self._check_owner(call.caller, envelope)
-        if not self._counts(life, call.caller, envelope):
-            raise not_taken()
-        if not await life.standing.note(message.source, envelope.start, envelope.boot):
-            raise not_taken()
-        await life.transfers.receive(offer, message, aiter(call.stream))
+        await self._working().post.take_state(call, offer)
 
     def _asked(self, asked: Asked) -> _Life:
         life = self._working()
@@ -735,7 +604,7 @@ class Replica:
 
     async def _ask_for_leader(self) -> None:
         """Ask the members that are here who leads, one after the other."""
-        holders, standing, self._told_leader = self._membership.roster.holders, self.standing, None
+        holders, standing, told = self._membership.roster.holders, self.standing, None
         for peer in self._peers.members():
             if standing is None or peer.state is not PeerState.ALIVE:
                 continue
@@ -749,23 +618,11 @@ class Replica:
                 self._log.debug("a member does not say who leads", peer=peer.node_id, why=str(error))
                 continue
             if leader in holders:
-                self._told_leader = leader
-                return
-
-
-def not_taken() -> KnodeError:
-    """Return the error of whoever speaks for, or to, a replica that is not in force."""
-    return KnodeError(Code.NOT_ALLOWED, "another replica or incarnation is in force here")
+                told = leader
+                break
+        self._told_leader = told
 
 
 def _no_leader() -> KnodeError:
     why = "no leader is known: more than half of the voters must be here"
     return KnodeError(Code.UNAVAILABLE, why, "'knode status' shows who is")
-
-
-def _unfit(why: str) -> KnodeError:
-    return KnodeError(
-        Code.HOME_DAMAGED,
-        f"this node's copy of the ledger cannot be trusted any more ({why})",
-        "see 'knode status' on another member",
-    )
