@@ -19,7 +19,7 @@ from knode.agents.limits import Limits
 from knode.agents.sandbox import Command, Ended
 from knode.agents.sandbox.bubblewrap import Bubblewrap
 from knode.agents.sandbox.sandlock import Sandlock
-from knode.agents.sandbox.surroundings import python_files, python_program, scratch_of
+from knode.agents.sandbox.surroundings import python_program, scratch_of
 from knode.errors import KnodeError
 from knode.world.real import real_world
 
@@ -55,7 +55,7 @@ async def measure(
 ) -> Row:
     """Measure sandbox and bare tool in turn; the median counts."""
     folder = Path(tempfile.mkdtemp())
-    command = Command(argv=argv, folder=folder, read_only=python_files())
+    command = Command(argv=argv, folder=folder)
     figures, floors = [], []
     try:
         scratch_of(folder)

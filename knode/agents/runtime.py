@@ -18,7 +18,7 @@ from knode.agents.limits import MAX_RESULT_BYTES, Limits
 from knode.agents.manifest import Capability, Runtime
 from knode.agents.registry import AgentEntry, Registry
 from knode.agents.sandbox import Command, Ended, Outcome, Sandbox
-from knode.agents.sandbox.surroundings import python_files, python_program
+from knode.agents.sandbox.surroundings import python_program
 from knode.errors import Code, KnodeError
 from knode.world import Monotonic, World
 
@@ -188,7 +188,7 @@ class Runner:
             argv=argv,
             folder=folder,
             stdin=stdin,
-            read_only=[*python_files(), *([entry.code] if entry.code is not None else [])],
+            read_only=[entry.code] if entry.code is not None else [],
             environment={"KNODE_TASK_TOKEN": attempt.token, "KNODE_TASK_ATTEMPT": str(attempt.number)},
         )
         outcome = await sandbox.run(

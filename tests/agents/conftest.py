@@ -13,7 +13,7 @@ from sandbox_helpers import RunPython, processes_with
 from knode.agents.limits import Limits
 from knode.agents.sandbox import SANDBOXES, Command, Outcome, Sandbox
 from knode.agents.sandbox.choice import probe
-from knode.agents.sandbox.surroundings import python_files, python_program
+from knode.agents.sandbox.surroundings import python_program
 from knode.errors import KnodeError
 from knode.world import World
 from knode.world.real import real_world
@@ -61,7 +61,6 @@ def run_python(sandbox: Sandbox, folder: Path) -> RunPython:
             argv=[os.fspath(python_program()), "-I", "-c", source, *map(str, arguments)],
             folder=folder,
             stdin=stdin,
-            read_only=python_files(),
         )
         return await sandbox.run(command, Limits(**limits), lambda fraction, text: None)
 

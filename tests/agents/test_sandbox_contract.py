@@ -213,10 +213,10 @@ import sys, trio
 from pathlib import Path
 from knode.agents.limits import Limits
 from knode.agents.sandbox import SANDBOXES, Command
-from knode.agents.sandbox.surroundings import python_files, python_program
+from knode.agents.sandbox.surroundings import python_program
 name, folder, script, marker = sys.argv[1:]
 argv = [str(python_program()), "-I", "-c", script, marker]
-command = Command(argv=argv, folder=Path(folder), read_only=python_files())
+command = Command(argv=argv, folder=Path(folder))
 trio.run(SANDBOXES[name]().run, command, Limits(), lambda fraction, text: None)
 """
     script = DAEMON + "\ntime.sleep(600)"

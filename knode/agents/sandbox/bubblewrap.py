@@ -14,7 +14,7 @@ from knode.agents.sandbox.rlimits import find_program, prlimit_arguments
 from knode.agents.sandbox.sandbox import Command, OnProgress, Outcome
 from knode.agents.sandbox.seccomp import bubblewrap_filter
 from knode.agents.sandbox.supervise import supervise
-from knode.agents.sandbox.surroundings import SYSTEM_FILES, environment_of, scratch_of
+from knode.agents.sandbox.surroundings import SYSTEM_FILES, environment_of, python_files, scratch_of
 
 # The kernel counts processes per user namespace since 5.14, which makes the limit this sandbox's own;
 # before, it would count every process of the user.
@@ -74,7 +74,7 @@ class Bubblewrap:
                 arguments += ["--ro-bind-try", path, path]
         if not command.folder.is_relative_to("/tmp"):
             arguments += ["--symlink", os.fspath(scratch), "/tmp"]
-        for readable in command.read_only:
+        for readable in (*python_files(), *command.read_only):
             arguments += ["--ro-bind", os.fspath(readable), os.fspath(readable)]
         # The root is a memory disk: left writable, it would hold bytes that no limit counts.
         return [*arguments, "--bind", folder, folder, "--chdir", folder, "--remount-ro", "/"]

@@ -14,7 +14,7 @@ from knode.agents.limits import Limits
 from knode.agents.sandbox.bubblewrap import Bubblewrap
 from knode.agents.sandbox.sandbox import Command, Ended, Sandbox
 from knode.agents.sandbox.sandlock import Sandlock
-from knode.agents.sandbox.surroundings import python_files, python_program
+from knode.agents.sandbox.surroundings import python_program
 from knode.errors import Code, KnodeError
 from knode.world import World
 
@@ -99,7 +99,6 @@ async def probe(world: World, sandbox: Sandbox, scratch: Path) -> list[str]:
                     argv=[os.fspath(python_program()), "-I", "-c", _PROBE],
                     folder=attempt,
                     stdin=msgspec.json.encode(question),
-                    read_only=python_files(),
                 ),
                 _PROBE_LIMITS,
                 lambda fraction, text: None,

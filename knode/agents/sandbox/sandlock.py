@@ -13,7 +13,7 @@ from knode.agents.sandbox.rlimits import find_program, prlimit_arguments
 from knode.agents.sandbox.sandbox import Command, OnProgress, Outcome
 from knode.agents.sandbox.seccomp import sandlock_filter
 from knode.agents.sandbox.supervise import supervise
-from knode.agents.sandbox.surroundings import SYSTEM_FILES, environment_of, scratch_of
+from knode.agents.sandbox.surroundings import SYSTEM_FILES, environment_of, python_files, scratch_of
 from knode.errors import Code, KnodeError
 
 _CHILD = Path(__file__).with_name("sandlock_child.py")
@@ -73,7 +73,7 @@ class Sandlock:
     def policy(self, command: Command, limits: Limits) -> str:
         """Return what the child process needs to know, as JSON."""
         policy: dict[str, object] = {
-            "fs_readable": [*self._readable, *map(os.fspath, command.read_only)],
+            "fs_readable": [*self._readable, *map(os.fspath, (*python_files(), *command.read_only))],
             "fs_writable": [os.fspath(command.folder), *_DEVICES_WRITTEN],
             "cwd": os.fspath(command.folder),
             # A last resort, which kills without a word: the other memory limits speak first.
