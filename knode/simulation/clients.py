@@ -62,7 +62,7 @@ class History:
 
     def read(self, owner: str, line: Line) -> None:
         """Take a line of the trace, at the moment at which it is written."""
-        if line["event"] == "attempt begins":
+        if line["event"] == "attempt begins" and "submitter" in line:  # a direct one
             self.begun[line["task"]] += 1
             self._check_submitter(owner, line)
         if line["event"] == "peer disconnected":

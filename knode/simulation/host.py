@@ -18,6 +18,7 @@ from knode.mesh.membership import Membership
 from knode.node import Machine, Node
 from knode.node.database import open_database
 from knode.simulation.disk import SimulatedDisk
+from knode.simulation.sandbox import SimulatedSandbox
 from knode.simulation.schedule import MACHINE, put_to_sleep, wake
 from knode.simulation.trace import Trace, TracedLog
 from knode.simulation.volume import Event, Snapshot
@@ -44,6 +45,8 @@ class Host:
         self.name = name
         self.is_asleep = False
         """Whether its node stands still, though it is up."""
+        self.on_open: list[Callable[[Host, Node], None]] = []
+        """Called with each node that was opened, before it does anything."""
         self._node: Node | None = None
         self.failures: list[str] = []
         """Errors that ended a life of the node, or that it could not start with."""
@@ -117,8 +120,14 @@ class Host:
                 open_home(world, self.home)
                 settings = load_configuration(world, self.home, {}, {}).values
                 carriers = {"memory": self._network.carrier(self.name)}
-                machine = Machine(cores=CORES, busy_percent=lambda: 0, sandbox=None)
+                machine = Machine(
+                    cores=CORES,
+                    busy_percent=lambda: 0,
+                    sandbox=SimulatedSandbox(world),
+                )
                 node = await Node.open(world, self.home, settings, carriers, machine, self._log)
+                for tell in self.on_open:
+                    tell(self, node)
                 async with trio.open_nursery() as nursery:
                     await nursery.start(node.run)
                     self._node = node

@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import trio
 
@@ -16,9 +15,9 @@ from knode.mesh.liveness import PeerState
 from knode.mesh.peer import Peer
 from knode.mesh.peers import CONVERSATIONS_A_PEER
 from knode.node import Node
-from knode.simulation.cell import Cell
-from knode.simulation.clients import History, answer_of
-from knode.simulation.stranger import Stranger
+from knode.simulation.clients import answer_of
+from knode.simulation.durable_invariants import DURABLE_INVARIANTS
+from knode.simulation.evidence import Evidence, Invariant
 from knode.tasks.direct import KEPT_TASKS, RUNNING_TASKS
 from knode.tasks.lifecycle import State
 
@@ -28,18 +27,6 @@ TASKS_A_PAIR = 64
 LOAD_KNOWN_S = 5.0
 ON_THEIR_WAY_S = 1.5
 """What was sent before a silence still arrives within this, however often it is lost."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What invariants look at."""
-
-    cell: Cell
-    history: History
-    stranger: Stranger
-
-
-Invariant = Callable[[Evidence], Iterator[str]]
 
 
 def anytime_no_node_fails(evidence: Evidence) -> Iterator[str]:
@@ -223,5 +210,6 @@ INVARIANTS: Mapping[str, Invariant] = {
         finally_what_was_not_sent_never_began,
         finally_loads_are_right,
         finally_the_cell_has_worked,
+        *DURABLE_INVARIANTS,
     )
 }

@@ -10,9 +10,12 @@ import trio
 from knode.errors import Code, KnodeError
 from knode.simulation.cell import Cell
 from knode.simulation.clients import History, lay_out_files, submit_for_ever
+from knode.simulation.durable_clients import Book, DurableUsers
+from knode.simulation.evidence import Evidence
 from knode.simulation.faults import inflict
 from knode.simulation.guard import guard
-from knode.simulation.invariants import INVARIANTS, Evidence
+from knode.simulation.invariants import INVARIANTS
+from knode.simulation.observer import Observer, image_of
 from knode.simulation.scenario import Scenario
 from knode.simulation.schedule import run_repeatably
 from knode.simulation.stranger import Stranger
@@ -95,7 +98,10 @@ class Run:
             history = History(cell)
             self._trace.readers.append(history.read)
             stranger = Stranger(cell, self._randomness("stranger"))
-            evidence = Evidence(cell, history, stranger)
+            observer = Observer()
+            for host in cell.hosts:
+                host.on_open.append(observer.attach)
+            evidence = Evidence(cell, history, Book(), observer, stranger)
             async with trio.open_nursery() as nursery:
                 await nursery.start(cell.run)
                 self._progress(f"founding a cell of {self._nodes}")
@@ -113,6 +119,9 @@ class Run:
                     await trio.sleep(max(last_deadline_s, SWEPT_AFTER_S) + self._scenario.check_every_s)
                     meanwhile.cancel_scope.cancel()
                 self._check(evidence, "anytime_")
+                for host, node in cell.nodes():
+                    if node.replica.is_named:
+                        evidence.ledgers[host.name] = await image_of(node)
                 self._check(evidence, "finally_")
                 for host in cell.hosts:
                     await cell.stop(host)
@@ -136,6 +145,10 @@ class Run:
             nursery.start_soon(
                 submit_for_ever, cell, self._scenario.clients, history, self._randomness("clients")
             )
+            if self._scenario.durable is not None:
+                randomness = self._randomness("durable clients")
+                users = DurableUsers(cell, self._scenario.durable, evidence.book, randomness)
+                nursery.start_soon(users.run)
             for number, fault in enumerate(self._scenario.faults):
                 nursery.start_soon(inflict, fault, cell, self._randomness(f"fault {number}"))
             tenth = self._scenario.lasts_s / 10

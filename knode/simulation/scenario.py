@@ -69,6 +69,18 @@ class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many of the tasks are cancelled again."""
 
 
+class DurableClients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who submits durable tasks, looks at them and cancels them."""
+
+    every_s: Span = (0.05, 0.4)
+    deadline_s: Annotated[float, msgspec.Meta(ge=1, le=LONGEST_S)] = 30.0
+    repeated: Probability = 0.2
+    """How many submits are one of before, with its key."""
+    failing: Probability = 0.05
+    """How many of the tasks fail."""
+    cancelled: Probability = 0.03
+
+
 class Kill(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="kill"):
     """A node's process is killed, and started again: its links end at once, its disk stays."""
 
@@ -231,6 +243,9 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     network: NetworkConditions = NetworkConditions()
     machines: MachineConditions = MachineConditions()
     clients: Clients = Clients()
+    """Of direct tasks."""
+    durable: DurableClients | None = None
+    """Of durable tasks; none unless the scenario says so."""
     faults: Annotated[tuple[Fault, ...], msgspec.Meta(max_length=16)] = ()
 
 
