@@ -82,10 +82,18 @@ async def test_members_that_were_asked_a_moment_ago_are_named(autojump_clock: Mo
     assert f"{EVERY_S:.0f} seconds" in finding.fix
 
 
-async def test_a_revoked_node_is_told(autojump_clock: MockClock, cell: Cell) -> None:
+@pytest.mark.parametrize("is_away", [False, True], ids=["here", "away"])
+async def test_a_revoked_node_is_told(autojump_clock: MockClock, cell: Cell, is_away: bool) -> None:
     desk, attic = await cell.add("desk"), await cell.add("attic")
-    await desk.node.membership.revoke(attic.node.membership.own)
-    await cell.until(lambda: attic.node.peers.peer(desk.node.key.public).refusal is not None)
+    own = attic.node.key.public.raw
+    if is_away:
+        await cell.stop(attic)
+    await desk.node.membership.revoke(desk.node.membership.roster.find("attic"))
+    if is_away:
+        await cell.start(attic)
+        await cell.until(lambda: attic.node.peers.peer(desk.node.key.public).refusal is not None)
+    else:
+        await cell.until(lambda: own not in attic.node.membership.roster.members)
     [finding] = await found(attic, "cell")
     assert finding.grade is Grade.FAIL
     assert "revoked" in finding.found
