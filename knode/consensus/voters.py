@@ -89,12 +89,11 @@ def has_majority(voters: Collection[ReplicaId], living: Collection[ReplicaId]) -
 
 
 def keeps_quorum(present: Configuration, member: bytes, living: Collection[ReplicaId]) -> bool:
-    """Tell whether the cell can go on when this member is revoked, which silences it at once."""
+    """Tell whether the cell, if it can decide now, still can when this member is revoked and so silent."""
     others = {replica for replica in living if member_of(replica) != member}
     halves = [half for half in (present.voters, present.outgoing) if half]
-    return all(
-        has_majority(half, others) for half in halves if any(member_of(voter) == member for voter in half)
-    )
+    can_now = all(has_majority(half, living) for half in halves)
+    return not can_now or all(has_majority(half, others) for half in halves)
 
 
 def living_replicas(candidates: Iterable[Candidate]) -> set[ReplicaId]:

@@ -149,6 +149,8 @@ def test_no_step_is_taken_after_which_the_living_could_not_decide() -> None:
         ("a b c", "c", "a b c", True),
         ("a b c", "c", "a b", True),
         ("a b c", "b", "a b", False),
+        ("a b c", "b", "a", True),  # it stands still already; c may come back
+        ("a", "b", "b c", True),
         ("a", "a", "a b", False),
         ("a", "b", "a b", True),
         ("a b c d e", "c", "a b c", False),
