@@ -15,7 +15,7 @@ from random import Random
 
 from raft_invariants import Invariants, Violation, require
 from raft_replica import Replica, Sent
-from raft_script import configuration_text, tell
+from raft_words import configuration_text, tell
 
 from knode.consensus import configuration as configurations
 from knode.consensus.messages import Configuration, InstallSnapshot, ReplicaId
@@ -34,9 +34,13 @@ HEALING_ROUNDS = 150
 
 
 class Weather:
-    """What goes wrong for a while."""
+    """What goes wrong for a while.
 
-    def __init__(self, random: Random) -> None:
+    Args:
+        leader: who leads when it begins, or anybody.
+    """
+
+    def __init__(self, random: Random, leader: ReplicaId) -> None:
         self.loss = random.choice((0, 0, 0.05, 0.2))
         self.again = random.choice((0, 0.05, 0.3))
         self.reorder = random.choice((0, 0.1, 1))
@@ -51,6 +55,8 @@ class Weather:
         self.impatience = random.choice((0, 0.01, 0.03))
         """How likely somebody's clock leaps."""
         self.cut: frozenset[tuple[ReplicaId, ReplicaId]] = frozenset()
+        self.asleep: ReplicaId | None = None
+        """Whose clock stands still."""
         match random.randrange(8):
             case 0:
                 side = {id for id in POOL if random.random() < 0.5}
@@ -60,6 +66,10 @@ class Weather:
             case 2:
                 alone, deaf = random.choice(POOL), random.random() < 0.5
                 self.cut = frozenset((a, alone) if deaf else (alone, a) for a in POOL)
+            case 3 | 4:
+                self.cut = frozenset((a, b) for a in POOL for b in POOL if (a == leader) != (b == leader))
+                self.asleep = leader if random.random() < 0.6 else None  # it goes on believing that it leads
+                self.ticks = 0.3
             case _:
                 pass
 
@@ -101,7 +111,7 @@ class Fuzz:
         self.flying: list[Sent] = []
         self.old: list[Sent] = []
         self.invariants = Invariants(self.replicas)
-        self.weather = Weather(random)
+        self.weather = Weather(random, POOL[0])
         self.writes = 0
 
     def run(self, steps: int) -> None:
@@ -114,8 +124,9 @@ class Fuzz:
         left = 0
         for _ in range(steps):
             if not left:
-                left = random.randint(20, 150)
-                self.weather = Weather(random)
+                left = random.randint(20, 200)
+                leader = self.leader()
+                self.weather = Weather(random, leader.id if leader else random.choice(POOL))
                 self._tell(f"-- {vars(self.weather)}")
             left -= 1
             self.step()
@@ -128,12 +139,12 @@ class Fuzz:
         dice = random.random()
         if dice < weather.ticks:
             for replica in random.sample(self.running, len(self.running)):
-                if random.random() < weather.pace:
+                if replica.id != weather.asleep and random.random() < weather.pace:
                     self.tick(replica)
         elif dice < 0.85:
             for _ in range(1 + len(self.flying) // 8):
                 self.deliver()
-        elif dice < 0.92:
+        elif dice < 0.9:
             if self.running:
                 self.work(random.choice(self.running), 1)
         elif dice < 0.97 and self.running:
@@ -207,7 +218,7 @@ class Fuzz:
         """Be a client."""
         core, random = replica.core, self.random
         if core.role is not Role.LEADER and random.random() < 0.95:
-            replica = next((one for one in self.running if one.core.role is Role.LEADER), replica)
+            replica = random.choice(self.leaders() or [replica])
             core = replica.core
         try:
             if random.random() < 0.5:
@@ -232,7 +243,7 @@ class Fuzz:
             if down:
                 self.restart(random.choice(down))
         elif random.random() < weather.change:
-            leaders = [replica for replica in self.running if replica.core.role is Role.LEADER]
+            leaders = self.leaders()
             if leaders:
                 self.command(random.choice(leaders))
         elif random.random() < weather.impatience and self.running:
@@ -328,8 +339,11 @@ class Fuzz:
 
     def leader(self) -> Replica | None:
         """Return who leads in the highest term."""
-        leaders = [replica for replica in self.running if replica.core.role is Role.LEADER]
-        return max(leaders, key=lambda replica: replica.core.term, default=None)
+        return max(self.leaders(), key=lambda replica: replica.core.term, default=None)
+
+    def leaders(self) -> list[Replica]:
+        """Return all who lead, each in a term of its own."""
+        return [replica for replica in self.running if replica.core.role is Role.LEADER]
 
     def writes_are_taken(self, leader: Replica) -> bool:
         """Ask for one more write and read."""

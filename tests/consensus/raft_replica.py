@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from knode.consensus import configuration as configurations
 from knode.consensus.messages import (
     Configuration,
@@ -217,7 +219,12 @@ class Replica:
         self.applied = min(self.applied, index)
 
     def _sent(self, message: Message) -> Sent:
-        return Sent(message, self.saved if isinstance(message, InstallSnapshot) else ())
+        """Put a message on its way; a state goes as it is now, which may be later than the core asked for."""
+        if not isinstance(message, InstallSnapshot):
+            return Sent(message)
+        snapshot = self.core.snapshot_at(self.applied)
+        assert snapshot.index >= message.snapshot.index, "what a leader forgot it has applied"
+        return Sent(replace(message, snapshot=snapshot), tuple(self.state))
 
 
 def is_command(entry: Entry) -> bool:

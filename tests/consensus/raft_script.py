@@ -15,7 +15,7 @@ ticks are enough to end every lease.
     tick a b 3                          their clocks go on; `all`: everybody's
     elect a                             time passes for the others until no lease stands, then for a alone
     stand a                             only a's time passes, until it stands for election
-    propose a "x" [fails ERROR]         a client asks a to append a command
+    propose a "x" "y" [fails ERROR]     a client asks a to append commands
     read a [fails ERROR]                a client reads from a; reads are numbered from 1 in each script
     change a: voters a b, learners c [fails ERROR]
     transfer a -> b [fails ERROR]       a is to hand its leadership to b
@@ -31,7 +31,7 @@ ticks are enough to end every lease.
     forge a->b vote-reply term=2 granted    b gets a message that a never sent
     forge a->b append term=2 previous=1 previous-term=1 entries=2:"x",2:"y"
     stall a                             a's disk stops: nothing becomes durable
-    sync a                              it works again
+    sync a [1]                          it works again; or so many batches become durable, and no more
     crash a [before-send]               what is not durable is lost; or it became durable, and nothing is sent
     restart a                           it begins with what its disk has
     expect leader a                     a leads, and nobody else does in as high a term
@@ -56,54 +56,25 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import msgspec
-from msgspec.structs import replace
-from raft_replica import Log, Replica, Sent
+from raft_replica import Replica, Sent
+from raft_words import Pattern, configuration_text, log_text, read_configuration, tell
 
 from knode.consensus.messages import (
     Append,
-    AppendReply,
     Configuration,
-    Entry,
     Heartbeat,
-    HeartbeatReply,
     InstallSnapshot,
-    Kind,
     Message,
     PreVote,
-    PreVoteReply,
     Snapshot,
-    TimeoutNow,
     Vote,
-    VoteReply,
 )
 from knode.consensus.ready import Recovered, Role
 from knode.consensus.settings import Settings
 
-KINDS: dict[str, type[Message]] = {
-    "pre-vote": PreVote,
-    "pre-vote-reply": PreVoteReply,
-    "vote": Vote,
-    "vote-reply": VoteReply,
-    "append": Append,
-    "append-reply": AppendReply,
-    "heartbeat": Heartbeat,
-    "heartbeat-reply": HeartbeatReply,
-    "snapshot": InstallSnapshot,
-    "timeout-now": TimeoutNow,
-}
-NAMES = {kind: name for name, kind in KINDS.items()}
-FLAGS = {
-    "granted": ("granted", True),
-    "accepted": ("accepted", True),
-    "refused": (("granted", "accepted"), False),
-    "transfer": ("transfer", True),
-}
 MAX_ROUNDS = 10_000
 """More messages than any command of a script causes."""
 SCRIPTS = sorted((Path(__file__).parents[1] / "scenarios" / "raft").glob("*.txt"))
@@ -111,123 +82,6 @@ SCRIPTS = sorted((Path(__file__).parents[1] / "scenarios" / "raft").glob("*.txt"
 
 class ScriptError(AssertionError):
     """A script that does not play as it is written: file, line, and what was instead."""
-
-
-def fields_of(message: Message) -> dict[str, Any]:
-    """Say what a pattern may ask of a message."""
-    fields = msgspec.structs.asdict(message)
-    match message:
-        case Append(previous_index=previous, entries=entries):
-            fields |= {"previous": previous, "entries": len(entries), "previous-term": message.previous_term}
-            fields["last"] = entries[-1].index if entries else previous
-        case AppendReply(hint_index=hint):
-            fields |= {"hint": hint, "hint-term": message.hint_term}
-        case InstallSnapshot(snapshot=snapshot):
-            fields |= {"index": snapshot.index}
-        case PreVote() | Vote():
-            fields |= {"last": message.last_index, "last-term": message.last_term}
-        case _:
-            pass
-    return fields
-
-
-def tell(message: Message) -> str:
-    """One message as a script writes it."""
-    fields = fields_of(message)
-    words = [
-        f"{message.source.decode()}->{message.target.decode()}",
-        NAMES[type(message)],
-        f"term={message.term}",
-    ]
-    for name in ("previous", "entries", "last", "last-term", "index", "hint", "commit", "read"):
-        if name in fields:
-            words.append(f"{name}={fields[name]}")
-    for name in ("granted", "accepted"):
-        if name in fields:
-            words.append(name if fields[name] else "refused")
-    return " ".join(words + (["transfer"] if fields.get("transfer") else []))
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Which messages a line means."""
-
-    source: str
-    target: str
-    kind: type[Message] | None
-    wanted: tuple[tuple[str, Any], ...]
-
-    @classmethod
-    def read(cls, text: str) -> Pattern:
-        """Read `a->b append term=2 accepted`."""
-        ends, *words = text.split()
-        source, arrow, target = ends.partition("->")
-        assert arrow, f"{ends!r} is no a->b"
-        kind = KINDS[words.pop(0)] if words else None
-        wanted: list[tuple[str, Any]] = []
-        for word in words:
-            name, equals, value = word.partition("=")
-            assert equals or name in FLAGS, f"a message is never {word!r}"
-            wanted.append((name, read_value(value) if equals else True))
-        return cls(source, target, kind, tuple(wanted))
-
-    def matches(self, message: Message) -> bool:
-        """Whether it means this one."""
-        ends = ((self.source, message.source), (self.target, message.target))
-        if any(name not in ("*", id.decode()) for name, id in ends):
-            return False
-        if self.kind is not None and not isinstance(message, self.kind):
-            return False
-        fields = fields_of(message)
-        for name, value in self.wanted:
-            if name == "refused":
-                if fields.get("granted", fields.get("accepted")) is not False:
-                    return False
-            elif name not in fields:
-                raise AssertionError(f"{NAMES[type(message)]} has no {name!r}")
-            elif fields[name] != value:
-                return False
-        return True
-
-
-def read_value(text: str) -> Any:
-    """Read a number, or the entries of a forged append: `2:"x",2:"y"`."""
-    if text.isdigit():
-        return int(text)
-    parts = [part.partition(":") for part in text.split(",")]
-    return tuple(Entry(int(term), 0, Kind.COMMAND, data.strip('"').encode()) for term, _, data in parts)
-
-
-def entry_text(entry: Entry) -> str:
-    """`1:"x"`."""
-    if entry.kind is Kind.CONFIGURATION:
-        return f"{entry.term}:config"
-    return f"{entry.term}:" + (f'"{entry.data.decode()}"' if entry.data else "noop")
-
-
-def log_text(log: Log) -> str:
-    """`[3.. 2:"y"]`."""
-    words = [f"{log.snapshot.index}.."] if log.snapshot.index else []
-    return "[" + " ".join(words + [entry_text(entry) for entry in log.entries]) + "]"
-
-
-def configuration_text(configuration: Configuration) -> str:
-    """`voters a b, learners c`."""
-    parts = [
-        f"{name} " + " ".join(id.decode() for id in ids)
-        for name, ids in msgspec.structs.asdict(configuration).items()
-        if ids
-    ]
-    return ", ".join(parts) or "nobody"
-
-
-def read_configuration(text: str) -> Configuration:
-    """Read what `configuration_text` writes."""
-    parts: dict[str, tuple[bytes, ...]] = {}
-    for part in text.split(","):
-        name, *ids = part.split()
-        parts[name] = tuple(sorted(id.encode() for id in ids))
-    return Configuration(**parts)
 
 
 class Stage:
@@ -361,8 +215,9 @@ class Stage:
 
     def do_propose(self, rest: str) -> None:
         name, data = rest.split(maxsplit=1)
-        for part in re.fullmatch(r'(?:"([^"]*)"\s*)+', data) and re.findall(r'"([^"]*)"', data):
-            self.replicas[name].core.propose(part.encode())
+        assert re.fullmatch(r'("[^"]*" ?)+', data), f"{data} is no list of commands"
+        for command in re.findall(r'"([^"]*)"', data):
+            self.replicas[name].core.propose(command.encode())
 
     def do_read(self, rest: str) -> None:
         self.reads.append((rest, self.replicas[rest].core.read()))
@@ -415,31 +270,18 @@ class Stage:
         self.flying, self.held = self.held, []
 
     def do_forge(self, rest: str) -> None:
-        pattern = Pattern.read(rest)
-        assert pattern.kind is not None
-        fields: dict[str, Any] = {
-            field.name: b"" if field.type is bytes else 0 for field in msgspec.structs.fields(pattern.kind)
-        }
-        longer = {"previous": "previous_index", "previous-term": "previous_term", "hint": "hint_index"}
-        longer |= {"hint-term": "hint_term", "last": "last_index", "last-term": "last_term"}
-        fields |= {"source": pattern.source.encode(), "target": pattern.target.encode()}
-        for name in ("granted", "accepted", "transfer"):
-            if name in fields:
-                fields[name] = False
-        if "entries" in fields:
-            fields["entries"] = ()
-        fields |= {longer.get(name, name): value for name, value in pattern.wanted if name != "refused"}
-        if "entries" in fields:
-            first = fields["previous_index"] + 1
-            numbered = [replace(entry, index=first + at) for at, entry in enumerate(fields["entries"])]
-            fields["entries"] = tuple(numbered)
-        self.flying.append(Sent(pattern.kind(**fields)))
+        self.flying.append(Sent(Pattern.read(rest).forged()))
 
     def do_stall(self, rest: str) -> None:
         self.stalled.add(rest)
 
     def do_sync(self, rest: str) -> None:
-        self.stalled.remove(rest)
+        name, *batches = rest.split()
+        if not batches:
+            self.stalled.remove(name)
+        for _ in range(int(batches[0]) if batches else 0):
+            _, messages = self.replicas[name].persist()
+            self._send(messages)
 
     def do_crash(self, rest: str) -> None:
         name, *when = rest.split()
@@ -530,7 +372,7 @@ class Stage:
             found = look(self.replicas[name])
             assert found == wanted, f"{name} has {found}"
 
-    def _told(self, messages: Any) -> str:
+    def _told(self, messages: Iterable[Message]) -> str:
         return "; ".join(map(tell, messages)) or "nothing"
 
     def play(self, line: str) -> None:
