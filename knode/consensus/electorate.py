@@ -245,12 +245,20 @@ class Electorate:
         """Let this node's replica begin anew, if it must, once somebody else surely has the ledger."""
         if not self._replica.must_be_renewed:
             return
-        roster = self._membership.roster
-        for member in roster.members.values():
-            said = self._heard.get(member.id.raw)
-            votes = said is not None and said.fit and said.votes is Votes.VOTER
-            if said is not None and votes and said.incarnation == self._incarnation:
-                self._replica.renew()
+        if any(self._surely_votes(member) for member in self._membership.roster.members.values()):
+            self._replica.renew()
+
+    def _surely_votes(self, member: Member) -> bool:
+        """Tell whether this other member is here, and votes in the incarnation in force."""
+        said = self._heard.get(member.id.raw)
+        return (
+            said is not None
+            and said.fit
+            and said.votes is Votes.VOTER
+            and said.incarnation == self._incarnation
+            and member.role in VOTING_ROLES
+            and self._peers.peer(member.key).state is PeerState.ALIVE
+        )
 
     async def _step(self) -> None:
         raft, standing = self._replica.raft, self._replica.standing

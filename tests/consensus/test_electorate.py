@@ -232,6 +232,25 @@ async def test_a_sole_voter_that_was_damaged_keeps_what_it_has_and_waits_for_its
     assert broken.disk.list_folder(LOG)
 
 
+async def test_who_has_no_voting_role_makes_nobody_let_go_of_what_it_has(
+    autojump_clock: MockClock, voting: VotingCell
+) -> None:
+    nodes = await voting.of(2)
+    owner, liar = nodes
+    await owner.membership.set_role(owner.member(liar), Role.OBSERVER)
+    await until(lambda: liar.part() is Votes.NOT)
+    await voting.change_disk(owner, flip)
+    await owner.connected(liar)
+    old = owner.replica_id
+    claim = Announcement(liar.replica_id, owner.standing.incarnation.hash, True, Votes.VOTER, 1)
+
+    for _ in range(100):  # its own node says the truth in between
+        liar.peers.broadcast(TOPIC, encode(claim))
+        await trio.sleep(0.02)
+    assert owner.replica_id == old
+    assert owner.disk.list_folder(LOG)
+
+
 async def test_a_node_alone_in_its_cell_refuses_to_start_with_a_damaged_log(
     autojump_clock: MockClock, voting: VotingCell
 ) -> None:

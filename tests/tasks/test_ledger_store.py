@@ -206,6 +206,25 @@ async def test_a_cleared_ledger_is_a_new_one_also_after_a_restart() -> None:
         assert await again.store.list(10) == []
 
 
+async def test_a_damaged_ledger_can_be_cleared_too() -> None:
+    disk = SimulatedDisk()
+    async with cell(disk) as c:
+        await some_tasks(c)
+        await c.store.sync()
+        await c.store._database.read(lambda connection: connection.pragma("cache_size", 0))
+        await c.store._database.read(lambda connection: connection.pragma("shrink_memory"))
+        [path] = [
+            p for p in (DUMP.parent / name for name in disk.list_folder(DUMP.parent)) if p.suffix == ".db"
+        ]
+        disk._volume.files[str(path)].content[:] = b"no database" * (disk.size(path) // 11)
+        with pytest.raises(KnodeError) as caught:
+            await c.store.list(10)
+        assert caught.value.code is Code.HOME_DAMAGED
+        await c.store.clear()
+        assert (c.store.applied, await c.store.list(10), c.store.live) == (0, [], {})
+        await c.do(c.submit(1))
+
+
 async def test_a_dump_that_is_damaged_anywhere_changes_nothing() -> None:
     async with cell() as c:
         await some_tasks(c)
