@@ -11,6 +11,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,17 @@ import hashlib, pathlib
 for path in sorted(pathlib.Path("input").iterdir()):
     print(hashlib.sha256(path.read_bytes()).hexdigest(), path.name)
 """
+COUNTING = """\
+import json, pathlib, time
+[path] = pathlib.Path("input").iterdir()
+words = len(path.read_text().split())
+time.sleep(5)  # long enough for something to happen meanwhile
+with open("effects.jsonl", "w") as effects:
+    print(json.dumps({"operation": {"file": path.name, "words": words}}), file=effects)
+print(words)
+"""
+BATCH = 16
+"""Documents that are counted while the cell falls apart."""
 
 
 class Wrong(Exception):
@@ -45,7 +57,7 @@ class Demo:
 
     def play(self) -> None:
         """Do everything, in order; Wrong or KnodeError when something is not as it should be."""
-        first, second, third = self.net.nodes
+        first, second, third, *_ = self.net.nodes
         self.show_members(first)
         self.count_documents(first, second)
         self.hash_in_sandbox(first, third)
@@ -53,6 +65,7 @@ class Demo:
         self.bring_back(first, third)
         self.cut_off(first, second, third)
         self.heal(first, second, third)
+        self.take_effect_once()
 
     def show_members(self, first: TestnetNode) -> None:
         """Show the cell as its first node sees it."""
@@ -163,6 +176,88 @@ class Demo:
             f"all see all again after {healed:.1f} s, and a task of {third.name} ran on {first.name}",
         )
 
+    def take_effect_once(self) -> None:
+        """Submit durable tasks while the leader is killed and a worker cut off; each takes effect once."""
+        leader = self.leader()
+        asker, *others = [node for node in self.net.nodes if node is not leader]
+        documents = list({path.name: path for path in sorted(DOCUMENTS.rglob("*.md"))}.values())[:BATCH]
+        say(f"    {leader.name} leads the cell; {BATCH} durable tasks are submitted on {asker.name}")
+        half = len(documents) // 2
+        ids = {path: self.submit_durable(asker, path)["id"] for path in documents[:half]}
+        worker = self.busy_one(asker, others)
+        say(f"$ kill -9 {self.net.kill(leader.name)}   # {leader.name}, the leader")
+        say(f"$ knode testnet partition {worker.name}   # which has tasks under way")
+        self.net.cut([worker.name])
+        ids |= {path: self.submit_durable(asker, path)["id"] for path in documents[half:]}
+        begun = time.monotonic()
+        self.wait_for_tasks(asker, set(ids.values()))
+        took = time.monotonic() - begun
+        say(f"    all {len(ids)} tasks have ended, {took:.1f} s after the last was submitted")
+        say(f"$ knode testnet heal\n$ knode up --detach   # {leader.name}")
+        self.net.heal()
+        self.net.restart(leader.name)
+        for node in self.net.nodes:
+            self.wait_for_state([other for other in self.net.nodes if other is not node], node, "alive")
+        # The same keys again: the same tasks, and nothing is done twice.
+        for path in documents[:2]:
+            check(self.submit_durable(asker, path)["id"] == ids[path], "a key gave another task")
+        expected = {(ids[path], path.name, len(path.read_text().split())) for path in documents}
+        for node in self.net.nodes:
+            left = [e for e in self.run(node, "task", "effects") if e["task"] in ids.values()]
+            seen = [(e["task"], e["operation"]["file"], e["operation"]["words"]) for e in left]
+            check(len(seen) == len(expected), f"{node.name} has {len(seen)} effects of {len(expected)} tasks")
+            check(set(seen) == expected, f"{node.name} has other effects than were asked for")
+        attempts = sum(task["attempt"] for task in self.tasks(asker) if task["id"] in ids.values())
+        say(f"    {len(expected)} effects on each of {len(self.net.nodes)} nodes, by {attempts} attempts")
+        self.note(
+            "exactly once",
+            f"{len(ids)} tasks while the leader was killed and a worker cut off: {attempts} attempts, "
+            f"each task left its effect once, the same on all nodes",
+        )
+
+    def busy_one(self, asker: TestnetNode, nodes: Sequence[TestnetNode]) -> TestnetNode:
+        """Return one of the nodes that runs an attempt now; any of them when none does."""
+        running = {task["node"] for task in self.tasks(asker) if task["state"] == "assigned"}
+        return next((node for node in nodes if node.name in running), nodes[0])
+
+    def submit_durable(self, node: TestnetNode, path: Path) -> dict[str, Any]:
+        """Submit a durable task over a document, under a key of its own; it must be acknowledged."""
+        program = self.net.folder / "count.py"
+        program.write_text(COUNTING)
+        words = ("--input", f"@{program}", "--artifact", str(path), "--key", f"count {path.name}")
+        task: dict[str, Any] = self.run(node, "task", "submit", "kExecutor:python", *words)
+        return task
+
+    def wait_for_tasks(self, node: TestnetNode, ids: set[str]) -> None:
+        """Wait until these tasks have succeeded."""
+        begun = time.monotonic()
+        while True:
+            states = {task["id"]: task["state"] for task in self.tasks(node) if task["id"] in ids}
+            if len(states) == len(ids) and set(states.values()) == {"succeeded"}:
+                return
+            ended = {id: state for id, state in states.items() if state in ("failed", "cancelled", "expired")}
+            check(not ended, f"tasks ended otherwise: {ended}")
+            check(time.monotonic() - begun < NOTICE_WITHIN_S, f"tasks did not end: {states}")
+            time.sleep(0.2)
+
+    def tasks(self, node: TestnetNode) -> list[dict[str, Any]]:
+        """Return the cell's tasks, as a node lists them."""
+        with Client.connect(Home(node.home)) as client:
+            tasks: list[dict[str, Any]] = client.call("task.list")
+        return tasks
+
+    def leader(self) -> TestnetNode:
+        """Return the node that leads the cell, once one does."""
+        begun = time.monotonic()
+        while True:
+            with Client.connect(Home(self.net.nodes[0].home)) as client:
+                leader = client.call("status")["leader"]
+            for node in self.net.nodes:
+                if node.node_id == leader:
+                    return node
+            check(time.monotonic() - begun < NOTICE_WITHIN_S, "nobody leads the cell")
+            time.sleep(0.1)
+
     def submit(
         self, first: TestnetNode, agent: str, text: str, *files: Path, on: TestnetNode | None = None
     ) -> dict[str, Any]:
@@ -176,7 +271,7 @@ class Demo:
         check(task["state"] == "succeeded", f"the task {task['state']}: {task['error']}")
         return task
 
-    def wait_for_state(self, watchers: tuple[TestnetNode, ...], node: TestnetNode, state: str) -> float:
+    def wait_for_state(self, watchers: Sequence[TestnetNode], node: TestnetNode, state: str) -> float:
         """Wait until all watchers see `node` in `state`; return the seconds that it took."""
         begun = time.monotonic()
         for watcher in watchers:
@@ -217,9 +312,9 @@ def main() -> int:
     """Play the demo and return the exit code."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="knode-demo-") as folder:
-        say("three nodes, three processes, one cell:")
+        say("five nodes, five processes, one cell:")
         try:
-            net = Testnet.up(Path(folder, "net"), nodes=3, tell=lambda text: say(f"    {text}"))
+            net = Testnet.up(Path(folder, "net"), nodes=5, tell=lambda text: say(f"    {text}"))
             demo = Demo(net)
             try:
                 demo.play()
