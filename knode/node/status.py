@@ -32,7 +32,7 @@ def status(node: Node) -> dict[str, Any]:
         "leader": leader.node_id if leader else None,
         "members": [member_document(node, m) for m in membership.roster.members.values()] if in_cell else [],
         "agents": [e.manifest.id for e in node.registry.list() if e.state is AgentState.RUNNING],
-        "tasks": dict(Counter(str(task.state) for task in node.tasks.list())),
+        "tasks": _tasks(node),
         "warnings": _warnings(node),
         "version": __version__,
         "uptime_s": round(node.world.clock.monotonic() - node.started_at, 3),
@@ -122,6 +122,14 @@ def peer_details(node: Node, member: Member) -> dict[str, Any]:
             "next": peer.refusal.next_step,
         },
     }
+
+
+def _tasks(node: Node) -> dict[str, int]:
+    """Count the tasks that this node knows by state: the cell's, its own direct ones, and what is pending."""
+    counts = Counter(str(task.state) for task in node.tasks.list())
+    counts.update({str(state): count for state, count in node.ledger.counts.items()})
+    counts["pending"] = sum(row.is_pending for row in node.outbox.rows())
+    return {state: count for state, count in sorted(counts.items()) if count}
 
 
 def _link(peer: Peer) -> dict[str, Any]:

@@ -44,6 +44,7 @@ KEY_LIVES_S = 24 * 3600.0
 LONGEST_DEADLINE_S = 30 * 86_400.0
 LISTED_TASKS = 1000
 LISTED_EFFECTS = 10_000
+REMEMBERED = 1000
 FOLLOWED_AT_ONCE = 1024
 POLL_S = 25.0
 
@@ -96,6 +97,8 @@ class Durable:
         self._store = store
         self._inputs = inputs
         self._log = log
+        self._became: dict[bytes, bytes] = {}
+        """Of pending tasks whose key stood for a task already: which one it is."""
         self._followed: dict[bytes, _Followed] = {}
         self._following = trio.Event()
         self._poll = trio.CancelScope()
@@ -123,23 +126,33 @@ class Durable:
         Cancelling leaves open whether it is done.
         """
         submit = await self._prepare(request)
-        pending = self._outbox.with_key(submit.key)
-        if pending is not None:
-            if pending.digest != task_digest(submit.task):
-                raise _key_conflict(submit.key, pending.id)
-            return pending
+        taken: TaskView | Waiting | None = None
         try:
-            return await self._leader.ask(SUBMIT, submit, deadline=self._in(COMMIT_S))
-        except KnodeError as error:
-            if error.code not in _NO_QUORUM:
-                raise
-            if not keep:
-                raise KnodeError(
-                    Code.UNAVAILABLE,
-                    f"it is not committed ({error.message}), but may still be, under the key {submit.key}",
-                    f"submit it again with '--key {submit.key}': it is the same task then",
-                ) from error
-        return await self._outbox.keep(submit)
+            taken = await self._commit(submit, keep=keep)
+        finally:
+            if submit.task.files and (taken is None or taken.id != submit.id):
+                with trio.CancelScope(shield=True):
+                    await self._inputs.forget(submit.id)
+        return taken
+
+    async def _commit(self, submit: SubmitTask, *, keep: bool) -> TaskView | Waiting:
+        pending = self._outbox.with_key(submit.key)
+        if pending is None:
+            try:
+                return await self._leader.ask(SUBMIT, submit, deadline=self._in(COMMIT_S))
+            except KnodeError as error:
+                if error.code not in _NO_QUORUM:
+                    raise
+                if not keep:
+                    raise KnodeError(
+                        Code.UNAVAILABLE,
+                        f"it is not committed but may still be, under the key {submit.key} ({error.message})",
+                        f"submit it again with '--key {submit.key}': it is the same task then",
+                    ) from error
+            pending = await self._outbox.keep(submit)
+        if pending.digest != task_digest(submit.task):
+            raise _key_conflict(submit.key, pending.id)
+        return pending
 
     async def tasks(self) -> Found:
         """Return the tasks of the cell, newest first: the last thousand."""
@@ -243,6 +256,10 @@ class Durable:
                     yield waiting
                     if not waiting.is_pending:
                         return
+                elif task in self._became:
+                    async for state in self.follow(self._became[task]):
+                        yield state
+                    return
                 elif followed.view is not None:
                     yield followed.view
                     if followed.view.state.final:
@@ -302,6 +319,10 @@ class Durable:
 
     async def _submit_again(self, request: SubmitTask, is_cancelled: bool) -> None:
         view = await self._leader.ask(SUBMIT, request, deadline=self._in(COMMIT_S))
+        if view.id != request.id:
+            self._became[request.id] = view.id
+            if len(self._became) > REMEMBERED:
+                del self._became[next(iter(self._became))]
         self._log.info("a pending task is committed", task=view.id.hex(), state=view.state)
         if is_cancelled and not view.state.final:
             await self._leader.ask(CANCEL, CancelTask(view.id), deadline=self._in(COMMIT_S))

@@ -87,6 +87,7 @@ class Outbox:
         self._log = log
         self._rows: dict[bytes, Waiting] = {}
         self._woken = trio.Event()
+        self._turn = trio.Lock()
 
     async def load(self) -> None:
         """Read what earlier runs of the node left."""
@@ -119,33 +120,38 @@ class Outbox:
         return next((row for row in self._rows.values() if row.key == key and row.is_pending), None)
 
     async def keep(self, request: SubmitTask) -> Waiting:
-        """Keep a submit durably, and go on trying.
+        """Keep a submit durably, and go on trying; one with the same key that is kept already stays.
 
         Raises:
             KnodeError: RATE_LIMITED when it is full, DISK_FULL, DISK_READ_ONLY; then it is not kept.
         """
+        async with self._turn:
+            known = self.with_key(request.key)
+            if known is not None:
+                return known
+            row = _waiting(request, self._world.clock.wall())
+            self._check_room(row)
+            data = encode(request)
+            await self._database.write(
+                lambda connection: connection.execute(
+                    "INSERT INTO outbox (id, request, submitted, is_cancelled, code, message) "
+                    "VALUES (?, ?, ?, 0, '', '')",
+                    (row.id, data, row.submitted),
+                )
+            )
+            self._rows[row.id] = row
+        self._tell(row.id)
+        return row
+
+    def _check_room(self, row: Waiting) -> None:
         pending = [row for row in self._rows.values() if row.is_pending]
-        row = _waiting(request, self._world.clock.wall())
-        if (
-            len(pending) >= MAX_PENDING
-            or sum(each.size_bytes for each in pending) + row.size_bytes > MAX_PENDING_BYTES
-        ):
+        size = sum(each.size_bytes for each in pending) + row.size_bytes
+        if len(pending) >= MAX_PENDING or size > MAX_PENDING_BYTES:
             raise KnodeError(
                 Code.RATE_LIMITED,
                 f"{len(pending)} tasks wait on this node for the cell's voters already",
                 "'knode status' says which voters are missing",
             )
-        data = encode(request)
-        await self._database.write(
-            lambda connection: connection.execute(
-                "INSERT INTO outbox (id, request, submitted, is_cancelled, code, message) "
-                "VALUES (?, ?, ?, 0, '', '')",
-                (row.id, data, row.submitted),
-            )
-        )
-        self._rows[row.id] = row
-        self._tell(row.id)
-        return row
 
     async def cancel(self, task: bytes) -> None:
         """Have a pending submit cancelled as soon as it is committed."""

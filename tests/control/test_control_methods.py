@@ -125,10 +125,11 @@ async def test_values_out_of_bounds_are_refused(
 async def test_status_tells_the_whole_picture(autojump_clock: MockClock, cell: Cell) -> None:
     desk, attic = await cell.add("desk"), await cell.add("attic")
     await desk.settle("say x", on="attic")
+    await Daemon(desk).call("task.submit", agent=COMMAND, input="die 3", wait=True)
     status = await Daemon(desk).call("status")
     assert (status["node_id"], status["name"], status["role"]) == (desk.node.key.node_id, "desk", "admin")
     assert status["leader"] is None
-    assert status["tasks"] == {"succeeded": 1}
+    assert status["tasks"] == {"failed": 1, "succeeded": 1}
     [no_failover] = status["warnings"]
     assert "no failover yet" in no_failover
     assert (status["refusals"], status["failures"], status["dropped"]) == ({}, {}, 0)

@@ -172,6 +172,21 @@ async def test_without_a_quorum_a_submit_is_pending_and_done_once_when_it_is_bac
     assert [view.key for view in everything.tasks].count("k") == 1
 
 
+async def test_a_pending_task_whose_key_stood_for_one_is_that_one(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = await three(cell)
+    desk, others = hosts[0], hosts[1:]
+    first = await settled(desk, (await submit(desk, "say a", key="k")).id)
+    for host in others:
+        await cell.crash(host)
+    waiting = await desk.node.durable.submit(Request(COMMAND, b"say a", key="k"))
+    assert isinstance(waiting, Waiting)
+    for host in others:
+        await cell.start(host)
+    assert await settled(desk, waiting.id) == first
+
+
 async def test_a_pending_task_is_cancelled_when_the_quorum_is_back(
     autojump_clock: MockClock, cell: Cell
 ) -> None:
