@@ -128,7 +128,7 @@ async def test_status_tells_the_whole_picture(autojump_clock: MockClock, cell: C
     await Daemon(desk).call("task.submit", agent=COMMAND, input="die 3", wait=True)
     status = await Daemon(desk).call("status")
     assert (status["node_id"], status["name"], status["role"]) == (desk.node.key.node_id, "desk", "admin")
-    assert status["leader"] is None
+    assert status["leader"] == desk.node.key.node_id
     assert status["tasks"] == {"failed": 1, "succeeded": 1}
     [no_failover] = status["warnings"]
     assert "no failover yet" in no_failover
