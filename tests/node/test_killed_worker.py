@@ -80,7 +80,7 @@ def test_tasks_of_a_node_that_is_killed_again_and_again_take_effect_once(home: H
             ("succeeded", 1, "given")
         }
         effects = call(client, "task.effects")
-        assert sorted(effect["operation"] for effect in effects) == [str(number) for number in range(TASKS)]
+        assert sorted(effect["operation"] for effect in effects) == list(range(TASKS))
         assert list((home.state / "attempts").iterdir()) == []
         daemon.send_signal(signal.SIGTERM)
         daemon.wait(PATIENCE_S)
