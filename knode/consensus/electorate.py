@@ -33,6 +33,7 @@ from knode.consensus.voters import (
 )
 from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
+from knode.identity.names import node_id_of
 from knode.klp.codec import Decoder, encode
 from knode.mesh.liveness import PeerState
 from knode.mesh.membership import Membership
@@ -42,6 +43,8 @@ from knode.world import Log, WallTime, World
 
 TOPIC = "consensus.standing"
 STEP_S = 0.25
+ID_CHARACTERS = 16
+"""Of the id of somebody whose name is not known any more."""
 CAUGHT_UP_ENTRIES = 256
 """A learner that lacks no more has caught up; the rest comes with what follows."""
 
@@ -184,7 +187,9 @@ class Electorate:
         gone = {member_of(v) for v in (*configuration.voters, *configuration.outgoing) if v not in living}
         roster = self._membership.roster
         here = [m.name for m in roster.members.values() if m.id.raw in gone]
-        return here + sorted(roster.revoked[raw] or raw.hex()[:8] for raw in gone & set(roster.revoked))
+        return here + sorted(
+            roster.revoked[raw] or node_id_of(raw)[:ID_CHARACTERS] for raw in gone & set(roster.revoked)
+        )
 
     # What members say.
 

@@ -12,6 +12,7 @@ from trio.testing import MockClock
 from knode.consensus.electorate import Votes
 from knode.control.methods import ControlMethods
 from knode.errors import Code, KnodeError
+from knode.identity.names import node_id_of
 from knode.node.setup import RECOVERY_PREFIX
 from knode.node.status import status
 from knode.tasks.durable import Request
@@ -199,3 +200,54 @@ async def test_a_cell_of_one_does_not_start_with_a_damaged_log_or_ledger(
     assert caught.value.code is Code.HOME_DAMAGED
     assert desk.disk.read(desk.home.ledger, limit_bytes=2**20) == damaged
     desk.error = None
+
+
+async def test_the_owner_s_machine_was_the_only_voter_and_is_lost(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    await cell.until(lambda: votes(attic) == [Votes.LEARNER, Votes.VOTER])
+    task = await submit(desk, "say kept", on="attic")
+    await settled(attic, task)
+    assert desk.recovery is not None
+    key = RECOVERY_PREFIX + desk.recovery.seed.hex()
+    await cell.crash(desk)
+    await call(attic, "member.recover", recovery_key=key, revoke=["desk"])
+    # In the new era nothing says the name any more.
+    [gone] = attic.node.membership.roster.revoked
+    await cell.until(lambda: f"most voters are away ({node_id_of(gone)[:16]})" in warnings(attic))
+    await call(attic, "member.survive")
+    after = await submit(attic, "say after", on="attic")
+    assert (await settled(attic, after)).result == b"after"
+    assert (await settled(attic, task)).result == b"kept"
+    assert warnings(attic) == ""
+
+
+async def test_members_come_and_go_while_tasks_run_and_each_ends_once(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = [await cell.add(name) for name in ("desk", "attic", "barn", "shed")]
+    desk = hosts[0]
+    await cell.until(lambda: all(votes(host) == [Votes.VOTER] * 4 for host in hosts))
+    await cell.until(lambda: any(host.node.replica.is_leader for host in hosts))
+    tasks: list[bytes] = []
+
+    async def work() -> None:
+        for number in range(60):
+            tasks.append(await submit(desk, f"sleep 0.2\nsay {number}"))
+            await trio.sleep(0.1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work)
+        await trio.sleep(1)
+        await cell.add("hut")
+        leader = next((h for h in hosts[1:] if h.node.replica.is_leader), hosts[1])
+        await call(desk, "member.revoke", node=leader.name)
+        await cell.until(lambda: votes(desk).count(Votes.VOTER) == 4)
+        follower = next(h for h in hosts[1:] if h is not leader and not h.node.replica.is_leader)
+        await call(desk, "member.revoke", node=follower.name)
+        await cell.until(lambda: votes(desk).count(Votes.VOTER) == 3)
+    ended = [await settled(desk, task) for task in tasks]
+    assert [(e.state, e.result) for e in ended] == [
+        (State.SUCCEEDED, str(number).encode()) for number in range(60)
+    ]
