@@ -223,7 +223,7 @@ def _take_effect(tables: Tables, task: LedgerTask, bundle: Bundle) -> Outcome:
     ended = _end(tables, task, Event.COMPLETED, result=bundle.result)
     for place, follow_up in enumerate(bundle.follow_ups):
         turn = 0
-        while tables.task(id := follow_up_id(task.id, place, turn)) is not None:
+        while _is_taken(tables, id := follow_up_id(task.id, place, turn), task.submitter):
             turn += 1
         child = _new_task(
             tables,
@@ -435,6 +435,11 @@ def _drop(tables: Tables, task: LedgerTask) -> None:
 
 def _count(totals: Totals, state: State, by: int) -> None:
     setattr(totals, state.value, getattr(totals, state.value) + by)
+
+
+def _is_taken(tables: Tables, id: bytes, submitter: bytes) -> bool:
+    # Its id is its key, which whoever submitted the parent can know beforehand.
+    return tables.task(id) is not None or tables.by_key(submitter, id.hex()) is not None
 
 
 def _is_current(task: LedgerTask, fence: Fence) -> bool:

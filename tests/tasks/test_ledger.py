@@ -316,6 +316,14 @@ async def test_a_follow_up_whose_id_someone_has_taken_gets_the_next() -> None:
         assert list(c.store.live) == [taken, follow_up_id(id_of(1), 0, 1)]
 
 
+async def test_a_follow_up_whose_key_its_submitter_has_used_gets_the_next() -> None:
+    async with cell() as c:
+        key = follow_up_id(id_of(1), 0).hex()
+        await c.do(c.submit(1, to=BEN), c.submit(2, new_task(b"other"), key=key))
+        assert (await c.one(c.complete(1, follow_ups=(new_task(),)))).code is None
+        assert list(c.store.live) == [id_of(2), follow_up_id(id_of(1), 0, 1)]
+
+
 async def test_follow_ups_go_so_deep_and_no_deeper() -> None:
     async with cell() as c:
         await c.one(c.submit(1))
