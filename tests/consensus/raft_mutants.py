@@ -287,7 +287,7 @@ MUTANTS = (
         "3.5",
         Progress,
         "accepted",
-        text("if index <= self.match:\n        return False\n", ""),
+        text("if index <= self.match:", "if index == self.match:"),
     ),
     # Reads
     Mutant(
