@@ -225,7 +225,7 @@ class Node:
             opened.push_async_callback(database.aclose)
             ledger = await open_ledger(world, home, database, log)
             opened.push_async_callback(ledger.aclose)
-            work = await Work.open(world, home.work)
+            work = await Work.open(world, home.work, log)
             opened.push_async_callback(work.aclose)
             node = cls(
                 world,

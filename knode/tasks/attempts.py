@@ -158,7 +158,7 @@ class Attempts:
         Start it after `Worker.run` has emptied the folder of the attempts.
 
         Raises:
-            KnodeError: HOME_DAMAGED, when what is kept cannot be read.
+            KnodeError: as `Work.load`.
         """
         try:
             async with trio.open_nursery() as self._nursery:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ from knode.klp.codec import Decoder, encode
 from knode.storage import Database
 from knode.tasks.commands import Fence
 from knode.tasks.messages import AssignAttempt, CompleteAttempt, FailAttempt
-from knode.world import World
+from knode.world import Log, World
 
 MIGRATIONS = (
     """
@@ -49,28 +50,37 @@ class _Change:
 class Work:
     """What a node must know of its attempts when it starts again. Make one with `open`.
 
-    It survives the process, not a power cut: what is lost then, the leader repeats.
+    It survives the process, not a power cut: what is lost then, the leader repeats. So a damaged file is
+    removed and begun anew.
 
     Whoever writes at the same time shares one transaction.
     """
 
-    def __init__(self, path: Path, database: Database) -> None:
+    def __init__(self, world: World, path: Path, database: Database, log: Log) -> None:
+        self._world = world
         self._path = path
         self._database = database
+        self._log = log
         self._turn = trio.Lock()
         self._waiting: list[_Change] = []
         self._forgotten: dict[bytes, None] = {}
 
     @classmethod
-    async def open(cls, world: World, path: Path) -> Work:
-        """Open or make the file; the errors are those of `Database.open`."""
-        return cls(path, await Database.open(world, path, MIGRATIONS, synchronous="NORMAL"))
+    async def open(cls, world: World, path: Path, log: Log) -> Work:
+        """Open or make the file; the errors are those of `Database.open`, but for a damaged one's."""
+        try:
+            database = await _open(world, path)
+        except KnodeError as error:
+            if error.code is not Code.HOME_DAMAGED:
+                raise
+            database = await _open_anew(world, path, log, error)
+        return cls(world, path, database, log)
 
     async def load(self) -> list[tuple[AssignAttempt, Outcome | None]]:
         """Return what was accepted and not forgotten, in that order, each with its outcome.
 
         Raises:
-            KnodeError: HOME_DAMAGED.
+            KnodeError: HOME_DAMAGED when not even a new file can be made; DISK_FULL, DISK_READ_ONLY.
         """
 
         def read(connection: apsw.Connection) -> list[tuple[bytes, bytes | None, bytes | None]]:
@@ -83,13 +93,11 @@ class Work:
                 for request, completion, failure in await self._database.read(read)
             ]
         except KnodeError as error:
-            if error.code is Code.HOME_DAMAGED:
+            if error.code not in (Code.HOME_DAMAGED, Code.BAD_FRAME, Code.NON_CANONICAL):
                 raise
-            raise KnodeError(
-                Code.HOME_DAMAGED,
-                f"{self._path} holds what is no attempt: {error.message}",
-                "move it aside: what it held is run again",
-            ) from error
+            await self._database.aclose()
+            self._database = await _open_anew(self._world, self._path, self._log, error)
+            return []
 
     async def accept(self, request: AssignAttempt) -> None:
         """Keep an attempt. Not cancelled.
@@ -153,6 +161,17 @@ class Work:
                 del self._forgotten[fence]
         elif not changes:
             raise failed
+
+
+async def _open(world: World, path: Path) -> Database:
+    return await Database.open(world, path, MIGRATIONS, synchronous="NORMAL")
+
+
+async def _open_anew(world: World, path: Path, log: Log, why: KnodeError) -> Database:
+    log.warning("accepted attempts are lost, the leader will repeat them", path=str(path), why=why.message)
+    for suffix in ("", "-wal", "-journal"):
+        await world.blocking.run(partial(world.disk.remove, path.with_name(path.name + suffix)))
+    return await _open(world, path)
 
 
 def _outcome(completion: bytes | None, failure: bytes | None) -> Outcome | None:

@@ -126,7 +126,7 @@ class Station:
         self.places = Places(runner, running=running, queued=queued)
         folders = Folders(self.world, STATE / "attempts", log, task_bytes=2**20)
         await folders.clean()
-        self.work = await Work.open(self.world, STATE / "work.db")
+        self.work = await Work.open(self.world, STATE / "work.db", log)
         self.attempts = Attempts(
             self.world,
             self.work,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 from memory_cell import TEXT
-from station import INCARNATION, Ledger, Station, assign, fence, new_disk, station
+from station import INCARNATION, STATE, Ledger, Station, assign, fence, new_disk, station
 from trio.testing import MockClock
 
 from knode.errors import Code, KnodeError
@@ -394,3 +394,30 @@ async def test_a_leader_that_fails_in_an_unforeseen_way_is_told_again(autojump_c
         await at.assign("die 1")
         await at.until_idle()
         assert at.failures == [("AGENT_FAILED", False)]
+
+
+@pytest.mark.parametrize("damage", ["no database", "a page", "no request"])
+async def test_a_damaged_file_of_attempts_is_begun_anew_and_the_leader_repeats_them(
+    autojump_clock: MockClock, damage: str
+) -> None:
+    disk, ledger = new_disk(), Ledger()
+    path = STATE / "work.db"
+    async with station(disk, ledger) as at:
+        await at.assign("sleep 50\nsay x")
+        await trio.sleep(1)
+        if damage == "no request":
+            await at.work._database.write(
+                lambda connection: connection.execute("UPDATE attempt SET request = x'c1'")
+            )
+    content = bytearray(disk.read(path, limit_bytes=2**20))
+    if damage == "no database":
+        disk.write(path, b"no database at all " * 400)
+    if damage == "a page":
+        content[4096:8192] = b"x" * 4096
+        disk.write(path, bytes(content))
+    async with station(disk, ledger) as at:
+        assert len(at.attempts) == 0
+        assert any("accepted attempts are lost" in line for line in at.lines)
+        await at.assign("sleep 50\nsay x")
+        await at.until_idle()
+        assert at.results == [b"x"]
