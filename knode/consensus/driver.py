@@ -163,7 +163,7 @@ class Driver:
     @property
     def is_leader(self) -> bool:
         """Whether it leads, and has applied all that was committed before it did."""
-        leads = self.raft.role is Role.LEADER and not self._troubles
+        leads = self.raft.role is Role.LEADER and not self._troubles and not self._ended
         return leads and self._applied.term == self.raft.term
 
     @property

@@ -399,6 +399,8 @@ async def test_a_failed_sync_ends_a_replica_for_good_and_its_node_goes_on(
     leader = await replicas.leader()
     broken = leader if of_leader else next(node for node in nodes if node is not leader)
     await leader.propose("before")
+    told: list[bool] = []
+    broken.replica.on_leader.append(lambda: told.append(broken.replica.is_leader))
     broken.disk.fail_sync("*/raft/log/*")
     if of_leader:
         await refused(Code.UNKNOWN, leader.propose, "perhaps")
@@ -406,6 +408,7 @@ async def test_a_failed_sync_ends_a_replica_for_good_and_its_node_goes_on(
         leader = await replicas.leader(but=broken)
     await leader.propose("after")
     await until(lambda: broken.replica.standing is not None and broken.replica.standing.unfit is not None)
+    assert told == [False] * of_leader
     broken.disk.mend_sync()
     await replicas.kill(broken)
     await replicas.restart(broken)
