@@ -435,3 +435,43 @@ async def test_a_leader_that_steps_down_in_the_midst_of_sending_a_state_stops(
     await replicas.until_equal()
     await trio.sleep(2)
     assert [node.disk.list_folder(FILES) for node in nodes] == [[], [], []]
+
+
+class Gate:
+    """A disk that can be made to hang."""
+
+    def __init__(self) -> None:
+        self.opened = trio.Event()
+        self.opened.set()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        with trio.CancelScope(shield=True):
+            await self.opened.wait()
+        return work()
+
+
+async def test_a_follower_acknowledges_and_votes_only_when_its_disk_has_it(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    follower, other = (node for node in nodes if node is not leader)
+    gate = follower.blocking = Gate()
+    await replicas.kill(follower)
+    await replicas.restart(follower)
+    await replicas.connected()
+    await leader.propose("before")
+    await replicas.until_equal()
+    await replicas.kill(other)
+    gate.opened = trio.Event()
+    await refused(Code.TIMEOUT, leader.propose, "hangs", within_s=3)
+    assert replicas.leads(leader), "it heard heartbeats all the time"
+    assert follower.commands == ["before"]
+    gate.opened.set()
+    assert await leader.propose("after") == 3
+    gate.opened = trio.Event()
+    leader.replica.transfer(follower.replica_id)
+    await trio.sleep(0.5)
+    assert not follower.replica.is_leader, "its own vote is not durable"
+    gate.opened.set()
+    await until(lambda: follower.replica.is_leader or leader.replica.is_leader)
