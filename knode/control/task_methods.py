@@ -157,13 +157,13 @@ class TaskMethods:
         """Return the one task that fits, and whether nobody can know another state of it."""
         fitting: dict[str, Task | Waiting | TaskView] = {}
         is_confirmed = True
+        fitting |= {row.id.hex(): row for row in self._node.outbox.rows()}
+        fitting |= {task.id: task for task in self._node.tasks.list()}
+        fitting = {id: task for id, task in fitting.items() if selector and id.startswith(selector)}
         if is_selector(selector):
             found = await self._node.durable.show(selector)
             is_confirmed = found.is_confirmed
-            fitting |= {row.id.hex(): row for row in self._node.outbox.rows()}
             fitting |= {view.id.hex(): view for view in found.tasks}
-        fitting |= {task.id: task for task in self._node.tasks.list()}
-        fitting = {id: task for id, task in fitting.items() if selector and id.startswith(selector)}
         if not fitting:
             raise not_found(selector)
         if len(fitting) > 1:

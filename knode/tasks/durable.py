@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,6 @@ KEY_LIVES_S = 24 * 3600.0
 LONGEST_DEADLINE_S = 30 * 86_400.0
 LISTED_TASKS = 1000
 LISTED_EFFECTS = 10_000
-REMEMBERED = 1000
 FOLLOWED_AT_ONCE = 1024
 POLL_S = 25.0
 
@@ -97,8 +97,6 @@ class Durable:
         self._store = store
         self._inputs = inputs
         self._log = log
-        self._became: dict[bytes, bytes] = {}
-        """Of pending tasks whose key stood for a task already: which one it is."""
         self._followed: dict[bytes, _Followed] = {}
         self._following = trio.Event()
         self._poll = trio.CancelScope()
@@ -185,7 +183,7 @@ class Durable:
             view = await self._leader.ask(SHOW, ShowTask(selector), deadline=self._in(COMMIT_S))
         except KnodeError as error:
             if error.code is Code.NOT_FOUND:
-                return Found((), is_confirmed=True)
+                return await self._show_settled(selector)
             if error.code not in _NO_QUORUM | _NO_MEMBER:
                 raise
             return await self._show_known(selector)
@@ -197,11 +195,27 @@ class Durable:
         except KnodeError as error:
             if error.code is not Code.NOT_FOUND:
                 raise
-            return Found((), is_confirmed=False)
+            settled = self._settled_as(selector)
+            return Found((), is_confirmed=False) if settled is None else await self._show_known(settled)
+
+    async def _show_settled(self, selector: str) -> Found:
+        """Show what was pending here under such an id, and is a task with another."""
+        settled = self._settled_as(selector)
+        return Found((), is_confirmed=True) if settled is None else await self.show(settled)
+
+    def _settled_as(self, selector: str) -> str | None:
+        tasks = self._outbox.settled_as(selector)
+        if len(tasks) > 1:
+            raise KnodeError(
+                Code.INVALID_ARGUMENT, f"{selector!r} fits {len(tasks)} tasks", "give more of the id"
+            )
+        return next((task.hex() for task in tasks), None)
 
     async def explain(self, task: bytes) -> Explanation:
         """Say why a task is where it is; NOT_FOUND, UNAVAILABLE."""
-        return await self._leader.ask(EXPLAIN, ShowTask(task.hex()), deadline=self._in(COMMIT_S))
+        return await self._leader.ask(
+            EXPLAIN, ShowTask(self._outbox.task_of(task).hex()), deadline=self._in(COMMIT_S)
+        )
 
     async def effects(self, task: bytes | None = None) -> Sequence[Effect]:
         """Return the operations that all tasks left, or one, in their order: the first ten thousand.
@@ -210,7 +224,7 @@ class Durable:
             KnodeError: NOT_FOUND, UNAVAILABLE.
         """
         effects: list[Effect] = []
-        selector = None if task is None else task.hex()
+        selector = None if task is None else self._outbox.task_of(task).hex()
         after: int | None = 0
         while after is not None and len(effects) < LISTED_EFFECTS:
             page = await self._leader.ask(EFFECTS, ListEffects(after, selector), deadline=self._in(COMMIT_S))
@@ -227,10 +241,13 @@ class Durable:
         waiting = self._outbox.get(task)
         if waiting is not None and waiting.is_pending:
             await self._outbox.cancel(task)
-            return self._outbox.get(task) or waiting
+            waiting = self._outbox.get(task)
+            if waiting is not None:
+                return waiting
+        task = self._outbox.task_of(task)
         return await self._leader.ask(CANCEL, CancelTask(task), deadline=self._in(COMMIT_S))
 
-    async def follow(self, task: bytes) -> AsyncIterator[TaskView | Waiting]:
+    async def follow(self, task: bytes) -> AsyncGenerator[TaskView | Waiting, None]:
         """Give a task as it is and then each time that it has changed, until it has ended.
 
         Raises:
@@ -256,9 +273,10 @@ class Durable:
                     yield waiting
                     if not waiting.is_pending:
                         return
-                elif task in self._became:
-                    async for state in self.follow(self._became[task]):
-                        yield state
+                elif (settled := self._outbox.task_of(task)) != task:
+                    async with aclosing(self.follow(settled)) as views:
+                        async for view in views:
+                            yield view
                     return
                 elif followed.view is not None:
                     yield followed.view
@@ -317,15 +335,12 @@ class Durable:
                     request = await self._outbox.read(row.id)
                     await self._inputs.refresh(row.id, request.task.files, request.holders)
 
-    async def _submit_again(self, request: SubmitTask, is_cancelled: bool) -> None:
+    async def _submit_again(self, request: SubmitTask, is_cancelled: bool) -> bytes:
         view = await self._leader.ask(SUBMIT, request, deadline=self._in(COMMIT_S))
-        if view.id != request.id:
-            self._became[request.id] = view.id
-            if len(self._became) > REMEMBERED:
-                del self._became[next(iter(self._became))]
         self._log.info("a pending task is committed", task=view.id.hex(), state=view.state)
         if is_cancelled and not view.state.final:
             await self._leader.ask(CANCEL, CancelTask(view.id), deadline=self._in(COMMIT_S))
+        return view.id
 
     # Following: one question for all that is followed.
 
@@ -346,7 +361,9 @@ class Durable:
             asked = {
                 task: followed
                 for task, followed in self._followed.items()
-                if self._outbox.get(task) is None and not followed.is_settled
+                if self._outbox.get(task) is None
+                and self._outbox.task_of(task) == task
+                and not followed.is_settled
             }
             if not asked:
                 await self._following.wait()

@@ -26,6 +26,8 @@ MAX_PENDING_BYTES = 32 * 1024 * 1024
 MAX_ENDED = 100
 """Submits that were refused or came too late are shown for a day after their `not_after`; so many at most."""
 ENDED_SHOWN_MS = 24 * 3_600_000
+MAX_SETTLED = 1000
+"""What was pending under one id and is a task with another: the last so many are remembered."""
 AT_ONCE = 16
 MAX_MESSAGE = 1024
 FIRST_PAUSE_S = 0.5
@@ -43,10 +45,19 @@ CREATE TABLE outbox (
     message TEXT NOT NULL
 );
 """,
+    """
+CREATE TABLE outbox_settled (
+    turn INTEGER PRIMARY KEY,
+    id BLOB NOT NULL UNIQUE, -- under which it was pending
+    task BLOB NOT NULL, -- which it turned out to be
+    not_after INTEGER NOT NULL
+);
+""",
 )
 
-Submit = Callable[[SubmitTask, bool], Awaitable[None]]
-"""Submits once more, and then cancels when told so; returns when the cell knows the task.
+Submit = Callable[[SubmitTask, bool], Awaitable[bytes]]
+"""Submits once more, and then cancels when told so; returns the task's id when the cell knows it. That is
+another one when the cell knew the key already, by a submit whose answer was lost.
 
 A KnodeError that is retryable, and UNKNOWN, leave it pending; any other is the cell's refusal.
 NO_ELIGIBLE_NODE does not end what was accepted: the node that can may come back."""
@@ -86,11 +97,17 @@ class Outbox:
         self._database = database
         self._log = log
         self._rows: dict[bytes, Waiting] = {}
+        self._settled: dict[bytes, tuple[bytes, int]] = {}
+        """By the id under which it was pending: the task that it is, and until when that is remembered."""
         self._woken = trio.Event()
         self._turn = trio.Lock()
 
     async def load(self) -> None:
         """Read what earlier runs of the node left."""
+
+        def read_settled(connection: apsw.Connection) -> dict[bytes, tuple[bytes, int]]:
+            query = "SELECT id, task, not_after FROM outbox_settled ORDER BY turn"
+            return {id: (task, not_after) for id, task, not_after in connection.execute(query)}
 
         def read(connection: apsw.Connection) -> list[Waiting]:
             query = "SELECT request, submitted, is_cancelled, code, message FROM outbox ORDER BY turn"
@@ -106,6 +123,7 @@ class Outbox:
             ]
 
         self._rows = {row.id: row for row in await self._database.read(read)}
+        self._settled = await self._database.read(read_settled)
 
     def rows(self) -> list[Waiting]:
         """Return what is kept, newest first."""
@@ -114,6 +132,18 @@ class Outbox:
     def get(self, task: bytes) -> Waiting | None:
         """Return the submit with this id."""
         return self._rows.get(task)
+
+    def task_of(self, id: bytes) -> bytes:
+        """Return the id of the task that was pending here under `id`: as a rule the same.
+
+        Another one, for as long as the key lives, when the cell knew the key already.
+        """
+        task, _ = self._settled.get(id, (id, 0))
+        return task
+
+    def settled_as(self, selector: str) -> frozenset[bytes]:
+        """Return the tasks with another id that were pending here under one that begins with `selector`."""
+        return frozenset(task for id, (task, _) in self._settled.items() if id.hex().startswith(selector))
 
     def with_key(self, key: str) -> Waiting | None:
         """Return the pending submit with this key."""
@@ -193,7 +223,8 @@ class Outbox:
                 return
             request = await self.read(row.id)
             try:
-                await submit(request, self._rows[row.id].is_cancelled)
+                is_cancelled = self._rows[row.id].is_cancelled
+                task = await submit(request, is_cancelled)
             except KnodeError as error:
                 if not error.retryable and error.code is not Code.UNKNOWN:
                     await self._end(row, error.code, str(error))
@@ -202,7 +233,7 @@ class Outbox:
                         self._rows[row.id], code=error.code.value, message=str(error)[:MAX_MESSAGE]
                     )
                 return
-            await self._remove([row.id])
+            await self._settle(row, task, is_cancelled)
         except KnodeError as error:  # of the disk: it is as it was
             self._log.warning("the outbox cannot be written", task=row.id.hex(), why=str(error))
 
@@ -226,6 +257,30 @@ class Outbox:
         self._log.warning("a pending task was not taken", task=row.id.hex(), code=code, why=message)
         self._tell(row.id)
 
+    async def _settle(self, row: Waiting, task: bytes, is_cancelled: bool) -> None:
+        """Let go of what the cell knows; what it knows by another id stays findable by this one.
+
+        What was to be cancelled only meanwhile stays, to be submitted and cancelled in the next round.
+        """
+
+        def settle(connection: apsw.Connection) -> bool:
+            connection.execute(
+                "DELETE FROM outbox WHERE id = ? AND is_cancelled = ?", (row.id, int(is_cancelled))
+            )
+            is_gone = connection.changes() > 0
+            if is_gone and task != row.id:
+                connection.execute(
+                    "INSERT INTO outbox_settled (id, task, not_after) VALUES (?, ?, ?)",
+                    (row.id, task, row.not_after),
+                )
+            return is_gone
+
+        if await self._database.write(settle):
+            if task != row.id:
+                self._settled[row.id] = task, row.not_after
+            del self._rows[row.id]
+            self._tell(row.id)
+
     async def _forget_old(self) -> None:
         """Forget what has ended and whose time is over, or of which there is too much."""
         now = self._world.clock.wall()
@@ -234,8 +289,21 @@ class Outbox:
         old = [row for row in ended if now > row.not_after + ENDED_SHOWN_MS]
         try:
             await self._remove([row.id for row in {row.id: row for row in [*surplus, *old]}.values()])
+            await self._forget_settled(now)
         except KnodeError as error:
             self._log.warning("the outbox cannot be written", why=str(error))
+
+    async def _forget_settled(self, now: int) -> None:
+        surplus = list(self._settled)[: max(0, len(self._settled) - MAX_SETTLED)]
+        old = [id for id, (_, not_after) in self._settled.items() if now > not_after]
+        gone = dict.fromkeys([*surplus, *old])
+        if gone:
+            rows = [(id,) for id in gone]
+            await self._database.write(
+                lambda connection: connection.executemany("DELETE FROM outbox_settled WHERE id = ?", rows)
+            )
+            for id in gone:
+                del self._settled[id]
 
     async def _remove(self, tasks: list[bytes]) -> None:
         if not tasks:

@@ -187,6 +187,38 @@ async def test_a_pending_task_whose_key_stood_for_one_is_that_one(
     assert await settled(desk, waiting.id) == first
 
 
+async def test_a_pending_task_that_the_cell_knows_by_its_key_is_found_by_both_ids(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = await three(cell)
+    desk, others = hosts[0], hosts[1:]
+    first = await submit(desk, "sleep 1000", key="k", on="desk")
+    for host in others:
+        await cell.crash(host)
+    waiting = await desk.node.durable.submit(Request(COMMAND, b"sleep 1000", key="k", on="desk"))
+    assert isinstance(waiting, Waiting)
+    assert waiting.id != first.id
+    seen: list[bytes] = []
+
+    async def watch() -> None:
+        async for view in desk.node.durable.follow(waiting.id):
+            seen.append(view.id)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await trio.sleep(1)
+        for host in others:
+            await cell.start(host)
+        await cell.until(lambda: not desk.node.outbox.rows())
+        shown = await desk.node.durable.show(waiting.id.hex()[:10])
+        assert [view.id for view in shown.tasks] == [first.id]
+        assert (await desk.node.durable.explain(waiting.id)).task.id == first.id
+        cancelled = await desk.node.durable.cancel(waiting.id)
+        assert isinstance(cancelled, TaskView)
+        assert cancelled.id == first.id
+    assert (seen[0], seen[-1]) == (waiting.id, first.id)
+
+
 async def test_a_pending_task_is_cancelled_when_the_quorum_is_back(
     autojump_clock: MockClock, cell: Cell
 ) -> None:

@@ -33,6 +33,9 @@ class Desk:
         self.disk = SimulatedDisk()
         self.world = World(SimulatedClock(), Seeded("desk"), self.disk, Inline())
         self.answer: KnodeError | None = KnodeError(Code.UNAVAILABLE, "no quorum")
+        self.takes_s = 0.0
+        self.tasks: dict[str, bytes] = {}
+        """By key: what the cell knows already."""
         self.submitted: list[tuple[SubmitTask, bool]] = []
         self.lines: list[str] = []
 
@@ -42,10 +45,12 @@ class Desk:
         await outbox.load()
         return outbox
 
-    async def submit(self, request: SubmitTask, is_cancelled: bool) -> None:
+    async def submit(self, request: SubmitTask, is_cancelled: bool) -> bytes:
         self.submitted.append((request, is_cancelled))
+        await trio.sleep(self.takes_s)
         if self.answer is not None:
             raise self.answer
+        return self.tasks.get(request.key, request.id)
 
     def request(self, key: str = "", lives_ms: int = DAY_MS, size: int = 3) -> SubmitTask:
         task = next(_numbers).to_bytes(16, "big")
@@ -155,6 +160,45 @@ async def test_what_is_to_be_cancelled_says_so_when_it_is_submitted_again(
     nursery.start_soon(outbox.run, desk.submit)
     await trio.sleep(1)
     assert desk.submitted == [(request, True)]
+
+
+async def test_what_is_cancelled_while_it_is_submitted_is_cancelled(
+    autojump_clock: MockClock, desk: Desk, nursery: trio.Nursery
+) -> None:
+    outbox = await desk.open()
+    request = desk.request()
+    desk.answer, desk.takes_s = None, 1.0
+    await outbox.keep(request)
+    nursery.start_soon(outbox.run, desk.submit)
+    await trio.sleep(0.5)
+    await outbox.cancel(request.id)
+    await trio.sleep(5)
+    assert desk.submitted == [(request, False), (request, True)]
+    assert outbox.rows() == []
+
+
+async def test_what_the_cell_knew_by_another_id_is_found_by_this_one_as_long_as_its_key_lives(
+    autojump_clock: MockClock, desk: Desk, nursery: trio.Nursery
+) -> None:
+    outbox = await desk.open()
+    request, known = desk.request("a", lives_ms=60_000), bytes(range(16))
+    await outbox.keep(request)
+    assert outbox.task_of(request.id) == request.id
+    desk.answer, desk.tasks["a"] = None, known
+    nursery.start_soon(outbox.run, desk.submit)
+    await trio.sleep(1)
+    assert outbox.rows() == []
+    await desk.database.aclose()
+    outbox = await desk.open()
+    assert outbox.task_of(request.id) == known
+    assert outbox.settled_as(request.id.hex()[:31]) == {known}
+    assert outbox.settled_as("ff") == frozenset()
+    await trio.sleep(60)
+    nursery.start_soon(outbox.run, desk.submit)
+    await trio.sleep(1)
+    assert outbox.task_of(request.id) == request.id
+    await desk.database.aclose()
+    assert (await desk.open()).settled_as("") == frozenset()
 
 
 async def test_a_full_outbox_refuses(
