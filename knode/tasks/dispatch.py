@@ -12,9 +12,9 @@ and every message to a worker is a task of its own; there are at most as many as
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -42,6 +42,7 @@ from knode.tasks.commands import (
 from knode.tasks.ledger import KEPT_TASKS
 from knode.tasks.lifecycle import State
 from knode.tasks.messages import AssignAttempt, AttemptReport, Report, StopAttempt
+from knode.tasks.pace import Pace
 from knode.tasks.queue import Need, Queue
 from knode.tasks.records import Change, LedgerTask, Outcome
 from knode.tasks.routing import RUNNING_ROLES, Route, Work, demand_ever, route
@@ -109,6 +110,7 @@ class Dispatcher:
         self._deadlines: list[tuple[int, bytes]] = []
         self._reserved: Counter[bytes] = Counter()
         """Attempts of each member: assigned, or proposed to be."""
+        self._paces: defaultdict[bytes, Pace] = defaultdict(Pace)
         self._here_at: dict[bytes, float] = {}
         self._forgot_at = 0.0
         self._woken = trio.Event()
@@ -148,6 +150,7 @@ class Dispatcher:
         now = self._world.clock.monotonic()
         self._queue, self._assigned, self._deadlines = Queue(), {}, []
         self._reserved.clear()
+        self._paces.clear()
         self._here_at = {member.id.raw: now for member in self._membership.roster.members.values()}
         self._forgot_at = now
 
@@ -201,7 +204,12 @@ class Dispatcher:
 
     def route(self, work: Work) -> Route:
         """Return who would run a task now, with the score of every member or why it cannot."""
-        return route(self._candidates.everyone(), work, self._reserved)
+        now = self._world.clock.monotonic()
+        candidates = {
+            id: replace(candidate, capacity=self._paces[id].room(candidate.capacity, now))
+            for id, candidate in self._candidates.everyone().items()
+        }
+        return route(candidates, work, self._reserved)
 
     def report_of(self, task: bytes) -> tuple[int, Report | None]:
         """Return how many reports a task's attempt has made, and the latest."""
@@ -244,12 +252,15 @@ class Dispatcher:
         if task.id not in self._assigned:
             assigned = self._assigned[task.id] = _Assigned(task.fence, task.member, trio.CancelScope())
             self._reserved[task.member] += 1
+            self._paces[task.member].begin(task.id, self._world.clock.monotonic())
             self._nursery.start_soon(self._hand_over, task, assigned)
 
     def _let_go(self, id: bytes, assigned: _Assigned, task: LedgerTask | None) -> None:
         assert self._nursery is not None
         del self._assigned[id]
         self._free(assigned.member)
+        is_done = task is not None and task.state in (State.SUCCEEDED, State.FAILED)
+        self._paces[assigned.member].end(id, self._world.clock.monotonic(), is_done=is_done)
         assigned.scope.cancel()
         if task is None or task.state in (State.CANCELLED, State.EXPIRED, State.QUEUED):
             self._nursery.start_soon(self._stop, assigned)
