@@ -58,6 +58,7 @@ from knode.tasks.reception import Reception
 from knode.tasks.store import LedgerStore
 from knode.tasks.work import Work
 from knode.tasks.worker import Worker
+from knode.tasks.workers import Workers
 from knode.transport import Carrier, Listener
 from knode.world import Log, Monotonic, World
 
@@ -177,8 +178,9 @@ class Node:
             self.methods,
             log,
         )
+        workers = Workers(world, self.membership, self.peers, self.attempts)
         self.dispatcher = Dispatcher(
-            world, self.membership, self.peers, self.replica, ledger, self.candidates, self.attempts, log
+            world, self.membership, self.peers, self.replica, ledger, self.candidates, workers, log
         )
         self.reception = Reception(world, self.leader, self.replica, ledger, self.dispatcher, log)
         self.outbox = Outbox(world, database, log)

@@ -28,7 +28,6 @@ from knode.mesh.membership import Membership
 from knode.mesh.peer import Peer
 from knode.mesh.peers import Peers
 from knode.mesh.roster import Member
-from knode.tasks.attempts import Attempts
 from knode.tasks.candidates import Candidates
 from knode.tasks.commands import (
     Assign,
@@ -47,13 +46,13 @@ from knode.tasks.queue import Need, Queue
 from knode.tasks.records import Change, LedgerTask, Outcome
 from knode.tasks.routing import RUNNING_ROLES, Route, Work, demand_ever, route
 from knode.tasks.store import LedgerStore
+from knode.tasks.workers import Workers
 from knode.world import Log, Monotonic, World
 
 LEASE_S = 5.0
 LOOK_EVERY_S = 0.5
 """How often it looks whether members are here while they have attempts."""
 COMMIT_S = 5.0
-WORKER_ANSWERS_S = 10.0
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
 REFUSED_FOR_S = 5.0
@@ -94,16 +93,15 @@ class Dispatcher:
         replica: Replica,
         store: LedgerStore,
         candidates: Candidates,
-        attempts: Attempts,
+        workers: Workers,
         log: Log,
     ) -> None:
         self._world = world
         self._membership = membership
-        self._peers = peers
         self._replica = replica
         self._store = store
         self._candidates = candidates
-        self._attempts = attempts
+        self._workers = workers
         self._log = log
         self._queue = Queue()
         self._assigned: dict[bytes, _Assigned] = {}
@@ -332,21 +330,16 @@ class Dispatcher:
         now = self._world.clock.monotonic()
         members = {member.id.raw: member for member in self._membership.roster.members.values()}
         for id, member in members.items():
-            if self._state_of(member) is PeerState.ALIVE:
+            if self._workers.state(member) is PeerState.ALIVE:
                 self._here_at[id] = now
         for assigned in list(self._assigned.values()):
             holder = members.get(assigned.member)
             if holder is None:
                 self._release(assigned, "its node is no member any more", charged=False)
-            elif self._state_of(holder) is PeerState.LEFT:
+            elif self._workers.state(holder) is PeerState.LEFT:
                 self._release(assigned, f"{holder.name} was stopped", charged=False)
             elif now - self._here_at.setdefault(assigned.member, now) > LEASE_S:
                 self._release(assigned, f"{holder.name} was not heard for {LEASE_S:g} s", charged=True)
-
-    def _state_of(self, member: Member) -> PeerState:
-        if member.key == self._membership.key.public:
-            return PeerState.ALIVE
-        return self._peers.peer(member.key).state
 
     def _release(self, assigned: _Assigned, why: str, *, charged: bool) -> None:
         if self._nursery is not None and not assigned.is_released:
@@ -414,9 +407,9 @@ class Dispatcher:
                     remaining_ms=max(1, task.deadline - self.now()),
                     token=task.id.hex(),
                 )
-                changed = self._peer_changes(assigned.member)
+                changed = self._workers.next_change(assigned.member)
                 try:
-                    assigned.boot = await self._send(assigned.member, request)
+                    assigned.boot = await self._workers.send(assigned.member, request)
                     return
                 except KnodeError as error:
                     now = self._world.clock.monotonic()
@@ -429,31 +422,11 @@ class Dispatcher:
                     await changed.wait()
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    async def _send(self, member: bytes, request: AssignAttempt | StopAttempt) -> bytes:
-        """Ask a worker, or this node itself; return which process of it has answered."""
-        holder = self._membership.roster.holders.get(member)
-        if holder is None:
-            raise KnodeError(Code.UNAVAILABLE, "it is no member any more")
-        if holder.key == self._membership.key.public:
-            if isinstance(request, AssignAttempt):
-                await self._attempts.assign(request)
-            else:
-                await self._attempts.stop(request.fence)
-            return self._peers.boot
-        peer = self._peers.peer(holder.key)
-        conversation = peer.conversation
-        if conversation is None:
-            raise KnodeError(Code.UNAVAILABLE, "it is not here")
-        method = "task.assign" if isinstance(request, AssignAttempt) else "task.stop"
-        deadline = Monotonic(self._world.clock.monotonic() + WORKER_ANSWERS_S)
-        await peer.request(method, request, deadline=deadline)
-        return conversation.established.peer_boot
-
     async def _stop(self, assigned: _Assigned) -> None:
         """Tell a worker that its attempt is not wanted; what it does nevertheless takes no effect."""
         for _ in range(STOPS):
             try:
-                await self._send(assigned.member, StopAttempt(assigned.fence))
+                await self._workers.send(assigned.member, StopAttempt(assigned.fence))
                 return
             except KnodeError as error:
                 if error.code not in _ASK_AGAIN_AT_FIRST | _ASK_AGAIN:
@@ -462,12 +435,6 @@ class Dispatcher:
                     )
                     return
             await trio.sleep(LONGEST_PAUSE_S)
-
-    def _peer_changes(self, member: bytes) -> trio.Event:
-        holder = self._membership.roster.holders.get(member)
-        if holder is None or holder.key == self._membership.key.public:
-            return trio.Event()
-        return self._peers.peer(holder.key).changed
 
 
 def _is_at(task: LedgerTask | None, fence: Fence) -> bool:
