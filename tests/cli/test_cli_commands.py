@@ -343,6 +343,23 @@ def test_an_invitation_waits_when_it_is_told_to(knode: Any, daemon: Any) -> None
     assert [json.loads(line) for line in lines] == [daemon.results["invite"], daemon.results["invite.wait"]]
 
 
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_ctrl_c_says_what_becomes_of_a_task_that_was_waited_for(
+    process: Any, daemon: Any, is_direct: bool
+) -> None:
+    daemon.steps["task.submit"] = [{"task": "01TASK", "fraction": None, "text": "submitted", "node": None}]
+    daemon.results["task.submit"] = ...
+    with process("task", "submit", "a", "--wait", *(["--direct"] if is_direct else [])) as run:
+        assert run.stderr.readline() == "-: submitted\n"
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    if is_direct:
+        assert "is cancelled" in said
+    else:
+        assert "the task goes on; follow it with 'knode task watch 01TASK'" in said
+
+
 def test_interrupting_the_wait_leaves_the_ticket_valid(process: Any, daemon: Any) -> None:
     daemon.results["invite"] = {"ticket": "knode-T", "role": "worker", "expires_at": "soon", "addresses": []}
     daemon.results["invite.wait"] = ...
