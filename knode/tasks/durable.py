@@ -331,15 +331,23 @@ class Durable:
         while True:
             await trio.sleep(REFRESH_EVERY_S)
             for row in self._outbox.rows():
-                if row.is_pending:
-                    request = await self._outbox.read(row.id)
+                try:
+                    request = await self._outbox.read(row.id) if row.is_pending else None
+                except KnodeError as error:  # it is committed meanwhile, or the disk cannot be read
+                    self._log.info("files not held anew", task=row.id.hex(), why=str(error))
+                    continue
+                if request is not None and request.task.files:
                     await self._inputs.refresh(row.id, request.task.files, request.holders)
 
     async def _submit_again(self, request: SubmitTask, is_cancelled: bool) -> bytes:
         view = await self._leader.ask(SUBMIT, request, deadline=self._in(COMMIT_S))
         self._log.info("a pending task is committed", task=view.id.hex(), state=view.state)
         if is_cancelled and not view.state.final:
-            await self._leader.ask(CANCEL, CancelTask(view.id), deadline=self._in(COMMIT_S))
+            try:
+                await self._leader.ask(CANCEL, CancelTask(view.id), deadline=self._in(COMMIT_S))
+            except KnodeError as error:
+                if error.code is not Code.INVALID_ARGUMENT:  # it has ended before
+                    raise
         return view.id
 
     # Following: one question for all that is followed.

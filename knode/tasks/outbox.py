@@ -238,13 +238,14 @@ class Outbox:
             self._log.warning("the outbox cannot be written", task=row.id.hex(), why=str(error))
 
     async def read(self, task: bytes) -> SubmitTask:
-        """Return a submit that is kept, with its input."""
+        """Return a submit that is kept, with its input; NOT_FOUND when it is not any more."""
 
         def read(connection: apsw.Connection) -> Any:
             return connection.execute("SELECT request FROM outbox WHERE id = ?", (task,)).fetchall()
 
-        [[request]] = await self._database.read(read)
-        return _request.decode(request)
+        for (request,) in await self._database.read(read):
+            return _request.decode(request)
+        raise KnodeError(Code.NOT_FOUND, "the submit is not kept any more")
 
     async def _end(self, row: Waiting, code: Code, message: str) -> None:
         message = message[:MAX_MESSAGE]

@@ -175,6 +175,9 @@ async def test_what_is_cancelled_while_it_is_submitted_is_cancelled(
     await trio.sleep(5)
     assert desk.submitted == [(request, False), (request, True)]
     assert outbox.rows() == []
+    with pytest.raises(KnodeError) as gone:
+        await outbox.read(request.id)
+    assert gone.value.code is Code.NOT_FOUND
 
 
 async def test_what_the_cell_knew_by_another_id_is_found_by_this_one_as_long_as_its_key_lives(
