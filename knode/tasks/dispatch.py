@@ -60,6 +60,8 @@ REFUSED_FOR_S = 5.0
 EXPIRED_AT_ONCE = 1024
 FORGET_EVERY_S = 600.0
 STOPS = 3
+SPARE_DEADLINES = 1024
+"""Of tasks that have ended, and of the rest twice as many: kept before they are cleared away."""
 PUT_OFF_MS = 500
 """How long a task waits after a proposal for it has failed."""
 
@@ -78,6 +80,8 @@ class _Assigned:
     """Which process of its worker has accepted it."""
     is_released: bool = False
     """Whether its release is proposed."""
+    refusal: str | None = None
+    """Why its worker does not take it: it is released, and again until that is committed."""
     reports: int = 0
     report: Report | None = None
 
@@ -242,7 +246,7 @@ class Dispatcher:
     def _place(self, task: LedgerTask) -> None:
         """Take up a task that has not ended."""
         assert self._nursery is not None
-        heapq.heappush(self._deadlines, (task.deadline, task.id))
+        self._note_deadline(task)
         if task.state is State.QUEUED:
             self._queue.add(task)
             return
@@ -252,6 +256,12 @@ class Dispatcher:
             self._reserved[task.member] += 1
             self._paces[task.member].begin(task.id, self._world.clock.monotonic())
             self._nursery.start_soon(self._hand_over, task, assigned)
+
+    def _note_deadline(self, task: LedgerTask) -> None:
+        live = self._store.live
+        heapq.heappush(self._deadlines, (task.deadline, task.id))
+        if len(self._deadlines) > 2 * len(live) + SPARE_DEADLINES:
+            self._deadlines = sorted((task.deadline, task.id) for task in live.values())
 
     def _let_go(self, id: bytes, assigned: _Assigned, task: LedgerTask | None) -> None:
         assert self._nursery is not None
@@ -334,7 +344,9 @@ class Dispatcher:
                 self._here_at[id] = now
         for assigned in list(self._assigned.values()):
             holder = members.get(assigned.member)
-            if holder is None:
+            if assigned.refusal is not None:
+                self._release(assigned, assigned.refusal, charged=False)
+            elif holder is None:
                 self._release(assigned, "its node is no member any more", charged=False)
             elif self._workers.state(holder) is PeerState.LEFT:
                 self._release(assigned, f"{holder.name} was stopped", charged=False)
@@ -416,7 +428,8 @@ class Dispatcher:
                     refused_at = refused_at or now
                     is_early = now - refused_at < REFUSED_FOR_S
                     if error.code not in _ASK_AGAIN and not (error.code in _ASK_AGAIN_AT_FIRST and is_early):
-                        self._release(assigned, f"{error.code}: {error.message}"[:500], charged=False)
+                        assigned.refusal = f"{error.code}: {error.message}"[:500]
+                        self._wake()
                         return
                 with trio.move_on_after(pause_s):
                     await changed.wait()

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from knode.tasks.records import LedgerTask
 
+SPARE = 64
+"""Of tasks that wait no more, and of the rest twice as many: kept under one need before they are cleared."""
+
 
 class Need(NamedTuple):
     """What a task needs: whoever can run one that needs the same can run this one."""
@@ -45,7 +48,10 @@ class Queue:
             _, number, id = heapq.heappop(self._later)
             task = self._tasks.get(id)
             if task is not None:
-                heapq.heappush(self._ready.setdefault(need_of(task), []), (number, id))
+                ready = self._ready.setdefault(need_of(task), [])
+                heapq.heappush(ready, (number, id))
+                if len(ready) > 2 * len(self._tasks) + SPARE:
+                    ready[:] = sorted({each for each in ready if each[1] in self._tasks})
 
     @property
     def next_at(self) -> int | None:

@@ -13,12 +13,14 @@ from knode.consensus.electorate import Votes
 from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
 from knode.mesh.statements import Role
-from knode.tasks.commands import Bundle, Fence, NewTask
+from knode.tasks import dispatch
+from knode.tasks.commands import Bundle, Command, Fence, NewTask, Release
 from knode.tasks.durable import Request
 from knode.tasks.leader import COMPLETE, FAIL, SUBMIT
 from knode.tasks.lifecycle import State
 from knode.tasks.messages import CompleteAttempt, FailAttempt, SubmitTask, TaskView
 from knode.tasks.outbox import Waiting
+from knode.tasks.records import Outcome
 from knode.world import Monotonic
 
 THREE = ("desk", "attic", "barn")
@@ -454,3 +456,36 @@ async def test_files_go_with_a_task_wherever_it_runs(autojump_clock: MockClock, 
         ended = await settled(hosts[2], view.id)
         assert (ended.state, ended.result) == (State.SUCCEEDED, b"a.md,b.md"), ended
     assert await refusal(submit(hosts[1], "list", artifacts=(paths[0].with_name("none"),))) is Code.NOT_FOUND
+
+
+async def test_an_attempt_that_its_worker_refuses_is_released_though_the_first_try_is_lost(
+    autojump_clock: MockClock, cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = await cell.add("desk", tasks_running="1", tasks_queued="0")
+    propose, lost = desk.node.dispatcher.propose, list[Command]()
+
+    async def lose_one(command: Command) -> Outcome:
+        if isinstance(command, Release) and not lost:
+            lost.append(command)
+            raise KnodeError(Code.UNAVAILABLE, "another node is about to lead the cell")
+        return await propose(command)
+
+    monkeypatch.setattr(desk.node.dispatcher, "propose", lose_one)
+    direct = await desk.submit("sleep 3")  # the ledger does not know of it
+    view = await submit(desk, "say x")
+    ended = await settled(desk, view.id)
+    assert (ended.state, ended.result, len(lost)) == (State.SUCCEEDED, b"x", 1)
+    await direct.ended()
+
+
+async def test_deadlines_of_tasks_that_have_ended_do_not_gather(
+    autojump_clock: MockClock, cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "SPARE_DEADLINES", 8)
+    desk = await cell.add("desk")
+    for number in range(20):
+        view = await submit(desk, f"say {number}")
+        await settled(desk, view.id)
+    assert len(desk.node.dispatcher._deadlines) <= 10
+    late = await submit(desk, "sleep 100", deadline_s=3.0)
+    assert (await settled(desk, late.id)).state is State.EXPIRED

@@ -97,3 +97,14 @@ def test_what_was_taken_out_comes_back_changed() -> None:
     assert first is not None
     assert first.attempt == 1
     assert drain(queue, TEXT) == [1]
+
+
+def test_what_is_taken_out_behind_one_that_nobody_can_run_does_not_gather() -> None:
+    queue = Queue()
+    for number in range(1, 5_000):
+        queue.add(task(number))
+        queue.advance(0)
+        if number > 1:
+            queue.remove(task(number).id)
+        assert queue.first(TEXT) == task(1)
+    assert len(queue._ready[TEXT]) < 100
