@@ -59,6 +59,9 @@ TIDY_EVERY_S = 0.5
 
 _FINAL_REFUSALS = frozenset({Code.BAD_FRAME, Code.INVALID_ARGUMENT, Code.NON_CANONICAL, Code.TOO_LARGE})
 """A completion that is answered so can never be taken: the attempt has failed."""
+PATIENCE_S = 60.0
+"""How long a completion for which the ledger has no room is repeated before the attempt has failed: room may
+never come while attempts that wait for it hold the places of those that would make it."""
 
 Bring = Callable[[AssignAttempt, Path], Awaitable[None]]
 """Put the files of an attempt into a folder; see `knode.tasks.inputs`."""
@@ -347,6 +350,7 @@ class Attempts:
         """Tell the leader how an attempt ended until it knows."""
         assert kept.outcome is not None
         pause_s = FIRST_PAUSE_S
+        full_at: float | None = None
         while True:
             await self._keep_outcome(kept)
             try:
@@ -360,7 +364,12 @@ class Attempts:
                 if error.code is Code.NOT_ALLOWED:
                     self._log.warning("attempt was another member's", **_fields(kept), why=error.message)
                     return
-                if isinstance(kept.outcome, CompleteAttempt) and error.code in _FINAL_REFUSALS:
+                now = self._world.clock.monotonic()
+                full_at = (full_at or now) if error.code is Code.RATE_LIMITED else None
+                is_final = error.code in _FINAL_REFUSALS or (
+                    full_at is not None and now - full_at > PATIENCE_S
+                )
+                if isinstance(kept.outcome, CompleteAttempt) and is_final:
                     self._log.warning("the leader takes no such end", **_fields(kept), why=error.message)
                     kept.outcome, kept.is_outcome_kept = failure_of(kept.outcome.fence, error), False
                     continue

@@ -356,6 +356,23 @@ async def test_a_completion_that_the_leader_can_never_take_is_a_failure(autojump
         assert at.failures == [("TOO_LARGE", False)]
 
 
+async def test_a_completion_for_which_there_is_no_room_is_repeated_for_a_while_then_a_failure(
+    autojump_clock: MockClock,
+) -> None:
+    async with station(new_disk(), Ledger(refusal=Code.RATE_LIMITED)) as at:
+        await at.assign("say x", fence(1))
+        await trio.sleep(attempts_module.PATIENCE_S / 2)
+        at.ledger.refusal = None
+        await at.until_idle()
+        assert at.results == [b"x"]
+        at.ledger.refusal = Code.RATE_LIMITED
+        began = trio.current_time()
+        await at.assign("say x", fence(2))
+        await at.until_idle()
+        assert attempts_module.PATIENCE_S < trio.current_time() - began < 2 * attempts_module.PATIENCE_S
+        assert at.failures == [("RATE_LIMITED", True)]
+
+
 async def test_a_revoked_node_stops_and_tells_nothing(autojump_clock: MockClock) -> None:
     disk, ledger = new_disk(), Ledger()
     async with station(disk, ledger) as at:
