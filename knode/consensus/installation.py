@@ -24,6 +24,8 @@ from knode.world import World
 
 DISK_TAKES_NOTHING = (Code.DISK_FULL, Code.DISK_READ_ONLY)
 """What a disk answers that may take it later."""
+NO_STATE = (Code.BAD_FRAME, Code.NON_CANONICAL, Code.NOT_FOUND, Code.TOO_LARGE)
+"""What a file is answered by that holds no state."""
 _LIMIT_BYTES = 64 * 1024
 
 
@@ -67,7 +69,12 @@ class Installation:
         pending = _Pending(received.message.snapshot, hard_state, received.path.name)
         disk, run = self._world.disk, self._world.blocking.run
         await run(partial(disk.write, self._pending, encode(pending)))
-        await self._finish(pending)
+        try:
+            await self._finish(pending)
+        except KnodeError as error:
+            if error.code in NO_STATE:
+                await run(partial(disk.remove, self._pending))
+            raise
 
     async def settle(self, recovered: Recovered) -> Recovered:
         """Finish what a crash has left, and remove every file that is of no use; return what the log is now.
@@ -77,22 +84,23 @@ class Installation:
         """
         disk, run = self._world.disk, self._world.blocking.run
         if await run(partial(disk.exists, self._pending)):
-            data = await run(partial(disk.read, self._pending, limit_bytes=_LIMIT_BYTES))
-            pending = _decoder.decode(data)
-            if recovered.snapshot.index < pending.snapshot.index:
-                recovered = await self._finish(pending)
+            try:
+                data = await run(partial(disk.read, self._pending, limit_bytes=_LIMIT_BYTES))
+                pending = _decoder.decode(data)
+                if recovered.snapshot.index < pending.snapshot.index:
+                    recovered = await self._finish(pending)
+            except KnodeError as error:
+                if error.code not in NO_STATE:
+                    raise
+                why = f"a ledger that was being installed cannot be read any more: {error.message}"
+                raise KnodeError(Code.HOME_DAMAGED, why) from error
         for name in await run(partial(disk.list_folder, self._folder)):
             await run(partial(disk.remove, self._folder / name))
         return recovered
 
     async def _finish(self, pending: _Pending) -> Recovered:
         disk, run = self._world.disk, self._world.blocking.run
-        try:
-            index = await self._state_machine.restore(self._folder / pending.file)
-        except KnodeError as error:
-            if error.code not in DISK_TAKES_NOTHING:
-                await run(partial(disk.remove, self._pending))
-            raise
+        index = await self._state_machine.restore(self._folder / pending.file)
         assert index == pending.snapshot.index
         await run(partial(self._journal.reset, pending.snapshot, pending.hard_state))
         await run(partial(disk.remove, self._pending))

@@ -29,7 +29,7 @@ from knode.consensus.envelope import (
     readables,
 )
 from knode.consensus.holdings import Holdings
-from knode.consensus.installation import DISK_TAKES_NOTHING
+from knode.consensus.installation import DISK_TAKES_NOTHING, NO_STATE
 from knode.consensus.messages import Configuration, Entry, Index, ReplicaId, Term
 from knode.consensus.post import Post, not_taken, unfit
 from knode.consensus.raft import Raft
@@ -510,6 +510,8 @@ class Replica:
         self.stopped = error
         self._life = None
         self._log.error("this node takes no part in the consensus of its cell", why=str(error))
+        if error.code in NO_STATE:
+            return  # what another sent is no state: what is here is as it was, and begins again
         self._halted = error.code is not Code.HOME_DAMAGED
         if self._halted or standing.unfit is not None:
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import msgspec
 import pytest
 import trio
@@ -121,6 +123,23 @@ async def test_a_state_that_is_not_what_was_announced_changes_nothing(
     )
     assert follower.disk.list_folder(FILES) == []
     assert await leader.propose("two") == 2
+
+
+async def test_after_a_state_that_is_none_a_replica_goes_on_with_its_own(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    await leader.propose("one")
+    await replicas.until_equal()
+    follower = next(node for node in nodes if node is not leader)
+    snapshot = Snapshot(1000, leader.replica.term, Configuration((leader.replica_id,)))
+    message = InstallSnapshot(leader.replica.term, leader.replica_id, follower.replica_id, snapshot)
+    await leader.offer(follower, Offer(leader.envelope(message), 1, sha256(b"\xc1").digest()), b"\xc1")
+    assert await leader.propose("two") == 2
+    await replicas.until_equal()
+    assert follower.replica.trouble is None
+    assert follower.disk.list_folder(FILES) == []
 
 
 async def test_a_flood_is_dropped_and_counted_and_the_cell_goes_on(

@@ -128,6 +128,27 @@ async def test_on_a_full_disk_it_is_tried_again_until_there_is_room(room_bytes: 
     again.journal.close()
 
 
+@pytest.mark.parametrize("name", ["pending", "in-0"])
+async def test_what_rots_while_it_is_installed_is_damage_and_not_the_nodes_end(name: str) -> None:
+    for step in itertools.count():
+        disk = await left_behind(step, power_cut=False)
+        if disk is None:
+            assert step >= 8
+            break
+        if name not in disk.list_folder(FILES):
+            continue
+        disk.write(FILES / name, b"\xc1")
+        home = Home(disk)
+        try:
+            recovered = await home.open()
+            # Nothing of it was needed any more, or yet.
+            assert recovered.snapshot.index == home.machine.applied or recovered.entries == ENTRIES
+        except KnodeError as error:
+            if error.code is not Code.HOME_DAMAGED:
+                raise
+        home.journal.close()
+
+
 async def test_what_is_no_state_changes_nothing_and_is_not_tried_at_the_next_start() -> None:
     home = await home_with_an_old_state()
     home.receive(b"no state")
