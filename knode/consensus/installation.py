@@ -101,7 +101,9 @@ class Installation:
     async def _finish(self, pending: _Pending) -> Recovered:
         disk, run = self._world.disk, self._world.blocking.run
         index = await self._state_machine.restore(self._folder / pending.file)
-        assert index == pending.snapshot.index
+        if index != pending.snapshot.index:
+            why = f"the ledger that was sent is of {index}, and was said to be of {pending.snapshot.index}"
+            raise KnodeError(Code.HOME_DAMAGED, why)
         await run(partial(self._journal.reset, pending.snapshot, pending.hard_state))
         await run(partial(disk.remove, self._pending))
         await run(partial(disk.remove, self._folder / pending.file))

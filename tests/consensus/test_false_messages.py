@@ -142,6 +142,26 @@ async def test_after_a_state_that_is_none_a_replica_goes_on_with_its_own(
     assert follower.disk.list_folder(FILES) == []
 
 
+async def test_a_state_of_another_index_than_was_said_makes_the_replica_unfit_and_its_node_goes_on(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    await leader.propose("one")
+    await replicas.until_equal()
+    follower = next(node for node in nodes if node is not leader)
+    snapshot = Snapshot(1000, leader.replica.term, Configuration((leader.replica_id,)))
+    message = InstallSnapshot(leader.replica.term, leader.replica_id, follower.replica_id, snapshot)
+    data = encode([999, [b"false"]])
+    await leader.offer(follower, Offer(leader.envelope(message), len(data), sha256(data).digest()), data)
+    await until(lambda: follower.replica.must_be_renewed)
+    await replicas.kill(follower)
+    await replicas.restart(follower)
+    await replicas.connected()
+    assert follower.replica.must_be_renewed
+    assert await leader.propose("two") == 2
+
+
 async def test_a_flood_is_dropped_and_counted_and_the_cell_goes_on(
     autojump_clock: MockClock, replicas: ReplicaCell
 ) -> None:
