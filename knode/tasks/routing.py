@@ -198,6 +198,6 @@ def _why_never(candidate: Candidate, agent: str) -> str | None:
 def _nobody(agent: str, when: str, reasons: list[str]) -> KnodeError:
     return KnodeError(
         Code.NO_ELIGIBLE_NODE,
-        f"no node can run {agent} {when} ({', '.join(reasons[:NAMED_AT_MOST]) or 'there is none'})",
+        f"no node can {when} run {agent} ({', '.join(reasons[:NAMED_AT_MOST]) or 'there is none'})",
         "'knode agent list' shows which agents run where",
     )
