@@ -298,7 +298,8 @@ class Durable:
         member = None if request.on is None else self._membership.roster.find(request.on)
         task = self._world.randomness.token(16)
         deadline_s = request.deadline_s or 0.0
-        now = self._world.clock.wall()
+        # Where a leader's clock was ahead, the ledger's time is; a key dated by the own clock would be over.
+        now = self._store.time()
         files, holders = await self._inputs.keep(task, request.artifacts, self._in(FILES_S))
         new = NewTask(
             agent=request.agent,
