@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 import trio
 
+from knode.consensus.voters import VOTING_ROLES
 from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
 from knode.klp.codec import Decoder, encode
@@ -164,9 +165,15 @@ class Leader:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def may_lead(self, key: PublicKey) -> bool:
-        """Tell whether whoever has this key may give this node attempts: it leads, as far as is known."""
+        """Tell whether whoever has this key may give this node attempts.
+
+        It leads; or, while nobody is known here to lead, its role is one that may.
+        """
         leader = self._replica.leader()
-        return leader is None or leader.key == key
+        if leader is not None:
+            return leader.key == key
+        member = self._membership.roster.members.get(key.raw)
+        return member is not None and member.role in VOTING_ROLES
 
     async def complete(self, request: CompleteAttempt, *, deadline: Monotonic) -> Settled:
         """Tell that an attempt is done; raises as `ask`."""

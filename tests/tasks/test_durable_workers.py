@@ -10,6 +10,7 @@ from memory_cell import COMMAND, Cell, Host, Seeded
 from trio.testing import MockClock
 
 from knode.errors import Code, KnodeError
+from knode.mesh.statements import Role
 from knode.tasks.commands import Bundle, Fence
 from knode.tasks.durable import Request
 from knode.tasks.inputs import ASK_EVERY_S
@@ -274,3 +275,22 @@ async def test_who_does_not_lead_gives_and_takes_away_nothing_and_ends_nobody_el
         assert caught.value.code is Code.NOT_ALLOWED
     ended = await settled(leader, task.id)
     assert (ended.result, ended.attempt) == (b"done", 1)
+
+
+async def test_an_observer_gives_no_attempts_though_nobody_is_known_to_lead(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk, attic, barn = await three(cell)
+    watcher = await cell.add("watcher", Role.OBSERVER)
+    await cell.crash(attic)
+    await cell.crash(barn)
+    await cell.until(lambda: desk.node.replica.leader() is None)
+    forged = Fence(bytes(32), b"f" * 16, 1)
+    to_desk = watcher.node.peers.peer(desk.node.key.public)
+    for method, body in (
+        ("task.assign", AssignAttempt(forged, COMMAND, b"say x", (), (), 9000, "t")),
+        ("task.stop", StopAttempt(forged)),
+    ):
+        with pytest.raises(KnodeError) as caught:
+            await to_desk.request(method, body, deadline=Monotonic(trio.current_time() + 5))
+        assert caught.value.code is Code.NOT_ALLOWED
