@@ -405,7 +405,13 @@ class Dispatcher:
     async def _hand_over(self, task: LedgerTask, assigned: _Assigned) -> None:
         """Have the worker accept its attempt; stop when the ledger says that it is over."""
         with assigned.scope:
-            record = await self._store.task(task.id)
+            try:
+                record = await self._store.task(task.id)
+            except KnodeError as error:
+                self._log.error("a task cannot be read", task=task.id.hex(), why=str(error))
+                assigned.refusal = f"{error.code}: the leader cannot read it"
+                self._wake()
+                return
             if record is None or record.asked is None:
                 return
             asked, refused_at, pause_s = record.asked, None, FIRST_PAUSE_S

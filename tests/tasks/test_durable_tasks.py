@@ -20,7 +20,7 @@ from knode.tasks.leader import COMPLETE, FAIL, SUBMIT
 from knode.tasks.lifecycle import State
 from knode.tasks.messages import CompleteAttempt, FailAttempt, SubmitTask, TaskView
 from knode.tasks.outbox import Waiting
-from knode.tasks.records import Outcome
+from knode.tasks.records import Outcome, TaskRecord
 from knode.world import Monotonic
 
 THREE = ("desk", "attic", "barn")
@@ -489,3 +489,33 @@ async def test_deadlines_of_tasks_that_have_ended_do_not_gather(
     assert len(desk.node.dispatcher._deadlines) <= 10
     late = await submit(desk, "sleep 100", deadline_s=3.0)
     assert (await settled(desk, late.id)).state is State.EXPIRED
+
+
+async def test_after_a_leader_whose_clock_was_days_ahead_every_node_still_submits(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = await three(cell)
+    leader = leader_of(hosts)
+    leader.clock.skew_s = 10 * 86_400.0
+    await settled(leader, (await submit(leader, "say ahead")).id)
+    leader.clock.skew_s = 0.0
+    for host in hosts:
+        ended = await settled(host, (await submit(host, f"say {host.name}", deadline_s=60.0)).id)
+        assert (ended.state, ended.result) == (State.SUCCEEDED, host.name.encode())
+
+
+async def test_a_task_that_the_leader_cannot_read_ends_neither_its_node_nor_its_turn(
+    autojump_clock: MockClock, cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = await cell.add("desk")
+    read, failures = desk.node.ledger.task, [1]
+
+    async def fail_once(id: bytes) -> TaskRecord | None:
+        if failures:
+            failures.pop()
+            raise KnodeError(Code.HOME_DAMAGED, "the disk fails")
+        return await read(id)
+
+    monkeypatch.setattr(desk.node.ledger, "task", fail_once)
+    ended = await settled(desk, (await submit(desk, "say x")).id)
+    assert (ended.state, ended.attempt) == (State.SUCCEEDED, 2)
