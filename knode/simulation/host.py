@@ -23,7 +23,7 @@ from knode.simulation.schedule import MACHINE, put_to_sleep, wake
 from knode.simulation.trace import Trace, TracedLog
 from knode.simulation.volume import Event, Snapshot
 from knode.simulation.world import SimulatedBlocking, SimulatedClock, SimulatedRandomness
-from knode.transport.memory import MemoryNetwork
+from knode.transport.memory import MemoryCarrier, MemoryNetwork
 from knode.world import World
 
 CORES = 2
@@ -65,6 +65,8 @@ class Host:
         self.is_revoked = False
         """Whether its owner was told that it is revoked; news of that may still be on its way."""
         self._after_crash: SimulatedDisk | None = None
+        self._carrier: MemoryCarrier | None = None
+        """Of its present life."""
         self._life = trio.CancelScope()
         self._changed = trio.Event()
         self.is_living = False
@@ -119,7 +121,8 @@ class Host:
             with self._life:
                 open_home(world, self.home)
                 settings = load_configuration(world, self.home, {}, {}).values
-                carriers = {"memory": self._network.carrier(self.name)}
+                self._carrier = self._network.carrier(self.name)
+                carriers = {"memory": self._carrier}
                 machine = Machine(
                     cores=CORES,
                     busy_percent=lambda: 0,
@@ -164,6 +167,8 @@ class Host:
         self._end_with(SimulatedDisk.restored(copy))
 
     def _end_with(self, left: SimulatedDisk) -> None:
+        if self._carrier is not None:
+            self._carrier.end()
         self._network.break_links(self.name)
         self.disk.watch(lambda event: None)
         self._after_crash = left

@@ -301,6 +301,11 @@ class MemoryCarrier:
     def __init__(self, network: MemoryNetwork, host: str) -> None:
         self._network = network
         self._host = host
+        self._is_over = False
+
+    def end(self) -> None:
+        """Open nothing from now on: the process that has this carrier is gone, though its tasks still end."""
+        self._is_over = True
 
     async def listen(self, host: str, port: int) -> MemoryListener:
         """Bind; see `Carrier.listen`.
@@ -327,13 +332,24 @@ class MemoryCarrier:
         try:
             host, port = split_address(address)
             with trio.fail_after(OPENING_SECONDS):
-                return await self._network.connect(self._host, host, port)
+                self._check_alive()
+                link = await self._network.connect(self._host, host, port)
+                try:
+                    self._check_alive()
+                except LinkClosed as error:
+                    link.vanish(str(error))
+                    raise
+                return link
         except (ValueError, LinkClosed) as error:
             raise KnodeError(Code.UNAVAILABLE, f"no link to {address}: {error}") from error
         except trio.TooSlowError as error:
             raise KnodeError(
                 Code.UNAVAILABLE, f"no link to {address}: no answer within {OPENING_SECONDS} seconds"
             ) from error
+
+    def _check_alive(self) -> None:
+        if self._is_over:
+            raise LinkClosed("the process that dialled is gone")
 
 
 class MemoryNetwork:

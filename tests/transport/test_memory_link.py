@@ -13,7 +13,7 @@ from trio.testing import MockClock
 
 from knode.errors import Code, KnodeError
 from knode.transport import Link, LinkClosed
-from knode.transport.memory import MemoryNetwork, MemorySettings
+from knode.transport.memory import MemoryCarrier, MemoryNetwork, MemorySettings
 
 CALM = MemorySettings(delay_seconds=(0.01, 0.01))
 
@@ -160,6 +160,22 @@ async def test_a_crash_ends_both_ends_and_frees_the_port(autojump_clock: MockClo
             await near.send_frame(b"x")
         port = int(near.remote_address.rpartition(":")[2])
         await (await network.carrier("b").listen("", port)).aclose()
+
+
+async def test_a_process_that_is_gone_opens_no_link_any_more(autojump_clock: MockClock) -> None:
+    network = network_of()
+    async with pair_in(network) as (near, _):
+        carrier = network.carrier("c")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_dial_in_vain, carrier, near.remote_address)
+            await trio.testing.wait_all_tasks_blocked()
+            carrier.end()  # in the midst of the dial
+        await _dial_in_vain(carrier, near.remote_address)
+
+
+async def _dial_in_vain(carrier: MemoryCarrier, address: str) -> None:
+    with pytest.raises(KnodeError, match="gone"):
+        await carrier.dial(address)
 
 
 async def test_a_crash_behind_a_cut_is_noticed_after_it(autojump_clock: MockClock) -> None:
