@@ -14,7 +14,7 @@ import sys
 import benchmarks
 from benchmarks.report import Row, table
 
-_NOT_BENCHMARKS = {"__main__", "report", "soak"}
+_NOT_BENCHMARKS = {"__main__", "memory", "report", "soak"}
 # a fresh process for each, so that one's memory and imports do not slow another
 _CHILD = "import sys; from benchmarks.__main__ import hand_over; hand_over(sys.argv[1])"
 
