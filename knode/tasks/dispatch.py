@@ -36,6 +36,7 @@ from knode.tasks.commands import (
     Expire,
     Fence,
     Forget,
+    NewTask,
     Release,
 )
 from knode.tasks.ledger import KEPT_TASKS
@@ -240,10 +241,10 @@ class Dispatcher:
             if task is None or task.state.final:
                 self._queue.remove(change.id)
             else:
-                self._place(task)
+                self._place(task, change.asked)
         self._wake()
 
-    def _place(self, task: LedgerTask) -> None:
+    def _place(self, task: LedgerTask, asked: NewTask | None = None) -> None:
         """Take up a task that has not ended."""
         assert self._nursery is not None
         self._note_deadline(task)
@@ -255,7 +256,7 @@ class Dispatcher:
             assigned = self._assigned[task.id] = _Assigned(task.fence, task.member, trio.CancelScope())
             self._reserved[task.member] += 1
             self._paces[task.member].begin(task.id, self._world.clock.monotonic())
-            self._nursery.start_soon(self._hand_over, task, assigned)
+            self._nursery.start_soon(self._hand_over, task, assigned, asked)
 
     def _note_deadline(self, task: LedgerTask) -> None:
         live = self._store.live
@@ -402,19 +403,12 @@ class Dispatcher:
 
     # Talking to workers.
 
-    async def _hand_over(self, task: LedgerTask, assigned: _Assigned) -> None:
+    async def _hand_over(self, task: LedgerTask, assigned: _Assigned, asked: NewTask | None = None) -> None:
         """Have the worker accept its attempt; stop when the ledger says that it is over."""
         with assigned.scope:
-            try:
-                record = await self._store.task(task.id)
-            except KnodeError as error:
-                self._log.error("a task cannot be read", task=task.id.hex(), why=str(error))
-                assigned.refusal = f"{error.code}: the leader cannot read it"
-                self._wake()
+            if asked is None and (asked := await self._read(assigned)) is None:
                 return
-            if record is None or record.asked is None:
-                return
-            asked, refused_at, pause_s = record.asked, None, FIRST_PAUSE_S
+            refused_at, pause_s = None, FIRST_PAUSE_S
             while True:
                 request = AssignAttempt(
                     fence=assigned.fence,
@@ -440,6 +434,18 @@ class Dispatcher:
                 with trio.move_on_after(pause_s):
                     await changed.wait()
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _read(self, assigned: _Assigned) -> NewTask | None:
+        """Return what is asked for; None when it has ended, or is to be released since it cannot be read."""
+        id = assigned.fence.task
+        try:
+            record = await self._store.task(id)
+        except KnodeError as error:
+            self._log.error("a task cannot be read", task=id.hex(), why=str(error))
+            assigned.refusal = f"{error.code}: the leader cannot read it"
+            self._wake()
+            return None
+        return None if record is None else record.asked
 
     async def _stop(self, assigned: _Assigned) -> None:
         """Tell a worker that its attempt is not wanted; what it does nevertheless takes no effect."""

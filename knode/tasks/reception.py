@@ -291,14 +291,18 @@ class Reception:
 
     async def _wait(self, asked: Asked, request: WaitForTasks) -> Views:
         self._check_leads()
-        if any(seen.task not in self._store.live for seen in request.seen):
-            await self._replica.barrier(deadline=asked.deadline)
+        is_up_to_date = False
         with trio.move_on_after(WAIT_S):
             while True:
                 self._check_leads()
                 news = self._subscribe(request.seen)
                 try:
                     views = await self._news(request.seen)
+                    if views.missing and not is_up_to_date:
+                        # It may be in an entry that is not applied here yet.
+                        await self._replica.barrier(deadline=asked.deadline)
+                        is_up_to_date = True
+                        continue
                     if views.tasks or views.missing:
                         return views
                     await news.wait()
@@ -307,6 +311,10 @@ class Reception:
         return Views((), more=False)
 
     async def _news(self, seen: Sequence[Seen]) -> Views:
+        over = [one.task for one in seen if one.task not in self._store.live and not _is_settled(one)]
+        over = over[:MAX_VIEWS]
+        records = await self._store.tasks(over, most_bytes=PAGE_BYTES) if over else ()
+        ended = dict(zip(over, records, strict=False))
         views, missing, size = list[TaskView](), list[bytes](), 0
         for one in seen:
             task = self._store.live.get(one.task)
@@ -315,13 +323,12 @@ class Reception:
                 if (one.state, one.attempt, one.reports) == (task.state, task.attempt, reports):
                     continue
                 view = view_of(task, None, report, reports)
-            elif one.state is not None and one.state.final:
+            elif one.task not in ended:  # or it ended while the others were read: then this is done again
+                continue
+            elif (record := ended[one.task]) is None:
+                missing.append(one.task)
                 continue
             else:
-                record = await self._store.task(one.task)
-                if record is None:
-                    missing.append(one.task)
-                    continue
                 view = view_of_record(record)
             size += _size_of(view)
             if views and (size > PAGE_BYTES or len(views) == MAX_VIEWS):
@@ -390,6 +397,10 @@ class Reception:
 
 def _is_at(task: LedgerTask | None, fence: Fence) -> bool:
     return task is not None and task.state is State.ASSIGNED and task.fence == fence
+
+
+def _is_settled(seen: Seen) -> bool:
+    return seen.state is not None and seen.state.final
 
 
 def _size_of(view: TaskView) -> int:

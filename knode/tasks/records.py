@@ -151,6 +151,8 @@ class Change(Struct, frozen=True):
     id: bytes
     before: State | None
     after: LedgerTask | None
+    asked: NewTask | None = None
+    """What is asked for, of a task that is new; None where it must be looked up."""
 
 
 class Outcome(Struct, frozen=True):

@@ -137,6 +137,11 @@ class LedgerStore:
         """Return a task with what was asked for or what came of it; None when it is not kept."""
         return await self._database.read(lambda connection: tables.read_task(connection, id))
 
+    async def tasks(self, ids: Sequence[bytes], *, most_bytes: int) -> Sequence[TaskRecord | None]:
+        """Return these tasks as `task` does, in their order; it ends before their results are over
+        `most_bytes`, but for the first task's."""
+        return await self._database.read(partial(tables.read_tasks_of, ids=ids, most_bytes=most_bytes))
+
     async def find(self, prefix: str) -> TaskRecord:
         """Return the task whose id in hexadecimal begins with `prefix`.
 

@@ -169,7 +169,7 @@ class Batch:
         """Add a task."""
         self._execute(INSERT_TASK, (*columns_of(task), encode(considered), encode(asked)))
         _use(self._usage, task, 1)
-        self._note(None, task)
+        self._note(None, task, asked)
 
     def assign(self, task: LedgerTask, considered: tuple[Considered, ...]) -> None:
         """Keep a new attempt."""
@@ -222,9 +222,9 @@ class Batch:
             (number, incarnation, first_operation),
         )
 
-    def _note(self, before: State | None, task: LedgerTask) -> None:
+    def _note(self, before: State | None, task: LedgerTask, asked: NewTask | None = None) -> None:
         self._live[task.id] = task
-        self.changes.append(Change(task.id, before, task))
+        self.changes.append(Change(task.id, before, task, asked))
 
     def _one(self, query: str, parameters: tuple[Any, ...]) -> LedgerTask | None:
         row = self._execute(query, parameters).fetchone()
@@ -253,6 +253,21 @@ def read_task(connection: apsw.Connection, id: bytes) -> TaskRecord | None:
         result=read_result(connection, task),
         considered=_considered.decode(considered),
     )
+
+
+def read_tasks_of(
+    connection: apsw.Connection, ids: Sequence[bytes], most_bytes: int
+) -> list[TaskRecord | None]:
+    """Return tasks with all that is kept of them; `LedgerStore.tasks` says how many."""
+    found: list[TaskRecord | None] = []
+    for id in ids:
+        record = read_task(connection, id)
+        if record is not None:
+            most_bytes -= len(record.result or b"")
+        if found and most_bytes < 0:
+            break
+        found.append(record)
+    return found
 
 
 def read_result(connection: apsw.Connection, task: LedgerTask) -> bytes | None:

@@ -517,5 +517,9 @@ async def test_a_task_that_the_leader_cannot_read_ends_neither_its_node_nor_its_
         return await read(id)
 
     monkeypatch.setattr(desk.node.ledger, "task", fail_once)
-    ended = await settled(desk, (await submit(desk, "say x")).id)
+    for _ in range(2):
+        await submit(desk, "sleep 1")
+    waiting = await submit(desk, "say x")
+    assert waiting.state is State.QUEUED, "what is assigned at once is not read again"
+    ended = await settled(desk, waiting.id)
     assert (ended.state, ended.attempt) == (State.SUCCEEDED, 2)
