@@ -251,7 +251,8 @@ class Durable:
         """Give a task as it is and then each time that it has changed, until it has ended.
 
         Raises:
-            KnodeError: NOT_FOUND when the cell does not know it, RATE_LIMITED.
+            KnodeError: NOT_FOUND when the cell does not know it, RATE_LIMITED; KEY_REVOKED, UNKNOWN_PEER once
+                this node is no member.
         """
         followed = self._followed.get(task)
         if followed is None:
@@ -278,6 +279,8 @@ class Durable:
                         async for view in views:
                             yield view
                     return
+                elif followed.error is not None:
+                    raise followed.error.bare()
                 elif followed.view is not None:
                     yield followed.view
                     if followed.view.state.final:
@@ -384,6 +387,9 @@ class Durable:
                 except KnodeError as error:
                     if error.code not in _NO_QUORUM:
                         self._log.warning("tasks cannot be followed", code=error.code, why=str(error))
+                        if error.code in _NO_MEMBER:
+                            for followed in asked.values():
+                                followed.fail(error.bare())
                         await trio.sleep(1)
                     continue
                 for view in page.tasks:
@@ -404,11 +410,13 @@ class _Followed:
         self.followers = 0
         self.view: TaskView | None = None
         self.is_missing = False
+        self.error: KnodeError | None = None
+        """Why nobody will ever tell this node."""
         self.changed = trio.Event()
 
     @property
     def is_settled(self) -> bool:
-        return self.is_missing or (self.view is not None and self.view.state.final)
+        return self.is_missing or self.error is not None or (self.view is not None and self.view.state.final)
 
     def seen(self, task: bytes) -> Seen:
         if self.view is None:
@@ -422,6 +430,10 @@ class _Followed:
 
     def miss(self) -> None:
         self.is_missing = True
+        self.tell()
+
+    def fail(self, error: KnodeError) -> None:
+        self.error = error
         self.tell()
 
     def tell(self) -> None:

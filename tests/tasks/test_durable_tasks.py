@@ -411,6 +411,25 @@ async def test_a_revoked_node_asks_for_nothing(autojump_clock: MockClock, cell: 
     assert not (await attic.node.durable.tasks()).is_confirmed
 
 
+async def test_who_follows_a_task_on_a_node_that_is_revoked_is_told(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    task = await submit(attic, "sleep 500", on="desk")
+    codes: list[Code] = []
+
+    async def follow() -> None:
+        codes.append(await refusal(settled(attic, task.id)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(follow)
+        await trio.sleep(5)
+        await desk.node.membership.revoke(desk.node.membership.roster.find("attic"))
+        began = trio.current_time()
+    assert codes == [Code.KEY_REVOKED]
+    assert trio.current_time() - began < 30
+
+
 async def test_an_observer_submits_and_runs_nothing(autojump_clock: MockClock, cell: Cell) -> None:
     desk, lookout = await cell.add("desk"), await cell.add("lookout", Role.OBSERVER)
     view = await submit(lookout, "say x")
