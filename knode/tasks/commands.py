@@ -33,7 +33,8 @@ Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Milliseconds = Annotated[int, Meta(ge=0, le=2**53)]
 """Wall time."""
 Key = Annotated[str, Meta(min_length=1, max_length=MAX_KEY)]
-Reason = Annotated[str, Meta(max_length=1024)]
+MAX_REASON = 1024
+Reason = Annotated[str, Meta(max_length=MAX_REASON)]
 CodeName = Annotated[str, Meta(max_length=32)]
 
 

@@ -261,7 +261,7 @@ class Reception:
         task = record.task
         now = () if task.state.final else self._dispatcher.route(work_of(task)).considered
         return Explanation(
-            await self._view(task.id), tuple(record.considered), now, self._waits_for(task, now)[:1024]
+            self._listed(record), tuple(record.considered), now, self._waits_for(task, now)[:1024]
         )
 
     async def _effects(self, asked: Asked, request: ListEffects) -> Effects:

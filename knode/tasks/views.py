@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from knode.mesh.roster import Roster
+from knode.tasks.commands import MAX_REASON
 from knode.tasks.lifecycle import State
 from knode.tasks.messages import NO_FRACTION, Effect, Report, TaskView
 from knode.tasks.outbox import Waiting
@@ -35,7 +36,7 @@ def view_of(
         deadline=task.deadline,
         result=result,
         code=task.code,
-        message=task.message,
+        message=task.message[:MAX_REASON],
         reports=reports,
         report=report,
     )

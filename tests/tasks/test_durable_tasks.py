@@ -542,3 +542,13 @@ async def test_a_task_that_the_leader_cannot_read_ends_neither_its_node_nor_its_
     assert waiting.state is State.QUEUED, "what is assigned at once is not read again"
     ended = await settled(desk, waiting.id)
     assert (ended.state, ended.attempt) == (State.SUCCEEDED, 2)
+
+
+async def test_an_explanation_leaves_room_for_itself_whatever_the_result(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk = await cell.add("desk")
+    small, large = await submit(desk, "say x"), await submit(desk, "say " + 180_000 * "x")
+    for task, result in ((small, b"x"), (large, None)):
+        await settled(desk, task.id)
+        assert (await desk.node.durable.explain(task.id)).task.result == result
