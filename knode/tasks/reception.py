@@ -404,7 +404,8 @@ def _is_settled(seen: Seen) -> bool:
 
 
 def _size_of(view: TaskView) -> int:
-    return len(view.result or b"") + len(view.message) + len(view.key) + 256
+    text = view.message + view.key + (view.report.text if view.report is not None else "")
+    return len(view.result or b"") + 4 * len(text) + 256  # a character has four bytes at most
 
 
 def _forged() -> KnodeError:

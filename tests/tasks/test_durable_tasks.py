@@ -552,3 +552,16 @@ async def test_an_explanation_leaves_room_for_itself_whatever_the_result(
     for task, result in ((small, b"x"), (large, None)):
         await settled(desk, task.id)
         assert (await desk.node.durable.explain(task.id)).task.result == result
+
+
+async def test_a_page_of_tasks_fits_a_message_in_every_script(autojump_clock: MockClock, cell: Cell) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic", tasks_running="200")
+    for _ in range(130):
+        task = await submit(desk, "sleep 1000", on="attic")
+        failed = FailAttempt(
+            Fence(desk.node.ledger.incarnation, task.id, 1), "AGENT_FAILED", "漢" * 1024, False
+        )
+        await attic.node.leader.ask(FAIL, failed, deadline=Monotonic(trio.current_time() + 5))
+    found = await attic.node.durable.tasks()
+    assert found.is_confirmed
+    assert [view.message for view in found.tasks] == ["漢" * 1024] * 130
