@@ -565,3 +565,12 @@ async def test_a_page_of_tasks_fits_a_message_in_every_script(autojump_clock: Mo
     found = await attic.node.durable.tasks()
     assert found.is_confirmed
     assert [view.message for view in found.tasks] == ["漢" * 1024] * 130
+
+
+async def test_large_results_cut_no_list_short(autojump_clock: MockClock, cell: Cell) -> None:
+    desk = await cell.add("desk")
+    tasks = [await submit(desk, "say " + 100_000 * "x") for _ in range(6)]
+    for task in tasks:
+        await settled(desk, task.id)
+    found = await desk.node.durable.tasks()
+    assert [view.id for view in found.tasks] == [task.id for task in reversed(tasks)]
