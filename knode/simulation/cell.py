@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import permutations
 
 import trio
@@ -12,6 +12,7 @@ from knode.errors import Code, KnodeError
 from knode.mesh.statements import Role
 from knode.node import Node
 from knode.simulation.host import Host
+from knode.simulation.image import LedgerImage
 from knode.simulation.scenario import Scenario
 from knode.simulation.schedule import running_on
 from knode.simulation.trace import Trace, TracedRandomness
@@ -34,17 +35,26 @@ class Cell:
         low, high = scenario.machines.work_ms
         drawn = SimulatedRandomness(seed, "clocks")
         wrong = scenario.machines.clock_skew_s
-        self.hosts = [
-            Host(
+        self.on_open: list[Callable[[Host, Node], None]] = []
+        """Called with each node that was opened, on whatever machine, before it does anything."""
+        self.on_recovered: list[Callable[[LedgerImage], None]] = []
+        """Called when a ledger was begun anew, with what had survived."""
+        self.newcomers = 0
+        """How many machines were added later."""
+
+        def machine(number: int) -> Host:
+            return Host(
                 f"node{number}",
                 seed,
                 self.network,
                 trace,
                 work_s=(low / 1000, high / 1000),
                 clock_skew_s=drawn.uniform(-wrong, wrong),
+                on_open=self.on_open,
             )
-            for number in range(1, nodes + 1)
-        ]
+
+        self._machine = machine
+        self.hosts = [machine(number) for number in range(1, nodes + 1)]
         self.silent_since: dict[Pair, float] = {}
         """For (observer, observed): since when the observer can have heard nothing."""
         self._walls: Counter[Pair] = Counter()
@@ -65,6 +75,21 @@ class Cell:
             host.make_home()
             await self.start(host)
             await self._join(first, host)
+
+    async def add_newcomer(self) -> None:
+        """Let another machine join; it is taken away again when that fails."""
+        self.newcomers += 1
+        host = self._machine(len(self.hosts) + 1)
+        self.hosts.append(host)
+        host.is_in_trouble = True
+        host.make_home()
+        await self.start(host)
+        await self._join(self.hosts[0], host)
+        if host.node is None or not host.node.membership.in_cell:
+            self.trace.note(host.name, "could not join, and is taken away")
+            await self.stop(host)
+            self.hosts.remove(host)
+        host.is_in_trouble = False
 
     async def start(self, host: Host) -> None:
         """Start a node's process; returns when it is up or has failed."""

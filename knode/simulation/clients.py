@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import trio
 from knode.errors import KnodeError
 from knode.identity import PublicKey
 from knode.simulation.cell import Cell
+from knode.simulation.host import Host
 from knode.simulation.scenario import Clients
 from knode.simulation.schedule import running_on
 from knode.simulation.trace import Line
@@ -91,9 +93,9 @@ class History:
         return dict(sorted(counts.items()))
 
 
-def lay_out_files(cell: Cell) -> None:
-    """Put the clients' files on every machine."""
-    for host in cell.hosts:
+def lay_out_files(hosts: Sequence[Host]) -> None:
+    """Put the clients' files on these machines."""
+    for host in hosts:
         for path, text in FILES.items():
             host.disk.make_folder(path.parent)
             host.disk.write(path, text.encode())

@@ -35,6 +35,9 @@ UNSAID = frozenset(
 """Errors that leave open whether it was done: also a full disk, when it was to be kept after no quorum had
 answered."""
 
+REVOKED = frozenset({Code.KEY_REVOKED, Code.UNKNOWN_PEER, Code.NOT_ALLOWED})
+"""What who was revoked is told, whatever it asks for."""
+
 Action: TypeAlias = tuple[str, State | None]
 """What was asked, and the state that was answered; None: there is no such task."""
 Standing: TypeAlias = State | None
@@ -167,13 +170,15 @@ class DurableUsers:
                 self._book.unsaid[error.code] += 1
             else:
                 self._book.refused[error.code] += 1
-                if asked.is_acknowledged:
+                if asked.is_acknowledged and error.code not in REVOKED:
                     self._book.wrong.append(f"{asked.key!r} was acknowledged, then refused: {error}")
                 return  # it changed nothing
         except (trio.ClosedResourceError, trio.BrokenResourceError):
             self._book.unsaid["the node died"] += 1
         except Exception as error:
             self._book.faults.append(f"{asked.host.name} broke on a submit: {error!r}")
+        if not asked.host.runs(node):
+            answer = None
         match answer:
             case TaskView():
                 self._note_id(asked, answer.id)

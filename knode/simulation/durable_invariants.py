@@ -6,10 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 
+from knode.consensus.electorate import Votes
 from knode.simulation.durable_clients import Asked, step
 from knode.simulation.evidence import Evidence
+from knode.simulation.image import LedgerImage
 from knode.simulation.linearizability import MOST_OPERATIONS, is_linearizable
-from knode.simulation.observer import LedgerImage
 from knode.tasks.lifecycle import State
 
 
@@ -46,6 +47,41 @@ def eventually_one_leads(evidence: Evidence) -> Iterator[str]:
             leaders.add(leader.name)
     if len(leaders) > 1:
         yield f"several are taken for the leader: {', '.join(sorted(leaders))}"
+
+
+def eventually_the_unfit_are_replaced(evidence: Evidence) -> Iterator[str]:
+    """No member has a replica that was damaged or restored: it has begun anew, and the others know it."""
+    for host, node in evidence.cell.nodes():
+        if evidence.cell.is_revoked(host):
+            continue
+        if node.replica.must_be_renewed:
+            yield f"{host.name} has a replica that may not vote"
+        if node.electorate.votes(node.membership.own) is Votes.NOT:
+            yield f"{host.name} has no place among those who vote and learn"
+
+
+def anytime_the_unfit_do_not_lead(evidence: Evidence) -> Iterator[str]:
+    """A replica that is damaged or restored leads nobody."""
+    for host, node in evidence.cell.nodes():
+        standing = node.replica.standing
+        if standing is not None and standing.unfit is not None and node.replica.is_leader:
+            yield f"{host.name} leads, and is unfit: {standing.unfit}"
+
+
+def finally_what_was_pending_is_found(evidence: Evidence) -> Iterator[str]:
+    """Every id that was shown as pending leads to a task with its key, or to why there is none."""
+    nodes = {host.name: (host, node) for host, node in evidence.cell.nodes()}
+    for asked in evidence.book.asked:
+        host, node = nodes.get(asked.host.name, (asked.host, None))
+        image = evidence.ledgers.get(host.name)
+        if node is None or image is None or host.is_restored:
+            continue
+        for id in asked.pending_ids:
+            record = image.tasks.get(node.outbox.task_of(id))
+            if record is None and node.outbox.get(id) is None:
+                yield f"{asked.key!r} was pending under {id.hex()}, which nobody knows"
+            elif record is not None and record.task.key != asked.key:
+                yield f"{asked.key!r} was pending under {id.hex()}, which is {record.task.key!r}"
 
 
 def eventually_all_tasks_end(evidence: Evidence) -> Iterator[str]:
@@ -87,9 +123,10 @@ def finally_effects_are_there_once(evidence: Evidence) -> Iterator[str]:
             said = json.loads(operation.data)
             if operation.task in texts and said["text"] != texts[operation.task]:
                 yield f"task {operation.task.hex()} left another's operation at {name}"
-        numbers = [operation.number for operation in image.operations]
-        if numbers != list(range(1, len(numbers) + 1)):
-            yield f"the stream of {name} has gaps"
+        for stream in dict.fromkeys(operation.incarnation for operation in image.operations):
+            numbers = [each.number for each in image.operations if each.incarnation == stream]
+            if numbers != list(range(1, len(numbers) + 1)):
+                yield f"the stream of {name} has gaps"
 
 
 def finally_ledgers_are_equal(evidence: Evidence) -> Iterator[str]:
@@ -141,9 +178,12 @@ DURABLE_INVARIANTS = (
     anytime_replicas_agree,
     anytime_no_stale_fence_is_accepted,
     anytime_a_key_is_one_task,
+    anytime_the_unfit_do_not_lead,
     eventually_one_leads,
+    eventually_the_unfit_are_replaced,
     eventually_all_tasks_end,
     finally_no_acknowledged_task_is_lost,
+    finally_what_was_pending_is_found,
     finally_effects_are_there_once,
     finally_ledgers_are_equal,
     finally_histories_are_linearizable,

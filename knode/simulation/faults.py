@@ -6,10 +6,13 @@ from typing import assert_never
 
 import trio
 
+from knode.consensus.electorate import Votes
 from knode.errors import KnodeError
 from knode.mesh.statements import Role
 from knode.simulation.cell import Cell
+from knode.simulation.clients import lay_out_files
 from knode.simulation.host import Host
+from knode.simulation.image import image_of
 from knode.simulation.scenario import (
     BitFlip,
     ClockJump,
@@ -18,13 +21,17 @@ from knode.simulation.scenario import (
     Fault,
     Flapping,
     FullDisk,
+    Hunt,
     Kill,
+    LostMajority,
+    Newcomer,
     OldCopy,
     OneWayCut,
     Partition,
     PowerCut,
     Revocation,
     RoleChange,
+    Rolling,
     Sleep,
     SlowDisk,
     Stop,
@@ -47,7 +54,9 @@ async def inflict(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> 
 async def _once(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> None:
     match fault:
         case Kill() | PowerCut() | Stop():
-            await _take_down(fault, cell, randomness)
+            free = [host for host, _ in cell.nodes() if not host.is_in_trouble]
+            if free:
+                await _take_down(_choose(free, randomness), fault, cell, randomness)
         case Partition():
             await _split(fault, cell, randomness)
         case Cut() | OneWayCut() | Flapping():
@@ -66,7 +75,7 @@ async def _once(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> No
         case FullDisk():
             await _fill_disk(fault, cell, randomness)
         case BitFlip():
-            host = _choose(cell.hosts, randomness)
+            host = _choose(_some(cell, fault.machines), randomness)
             cell.trace.note(host.name, "a bit flips", file=host.disk.flip(randomness, fault.files))
         case FailedSync():
             await _fail_sync(fault, cell, randomness)
@@ -81,21 +90,35 @@ async def _once(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> No
             await _give_role(cell, host, Role.WORKER)
         case Revocation():
             await _revoke(cell, randomness)
+        case Rolling():
+            for host in list(cell.hosts):
+                await _take_down(host, fault, cell, randomness)
+                await trio.sleep(randomness.uniform(*fault.between_s))
+        case Hunt():
+            await _hunt(fault, cell, randomness)
+        case Newcomer():
+            if cell.newcomers < fault.most:
+                with trio.CancelScope(shield=True):
+                    await cell.add_newcomer()
+                    lay_out_files(cell.hosts[-1:])
+        case LostMajority():
+            await _lose_majority(fault, cell, randomness)
         case _:
             assert_never(fault)
 
 
-async def _take_down(fault: Kill | PowerCut | Stop, cell: Cell, randomness: SimulatedRandomness) -> None:
+async def _take_down(
+    host: Host, fault: Kill | PowerCut | Stop | Rolling | Hunt, cell: Cell, randomness: SimulatedRandomness
+) -> None:
     free = [host for host, _ in cell.nodes() if not host.is_in_trouble]
-    if len(free) < 2:
+    if host not in free or len(free) < 2:
         return  # someone stays, so that there is someone to promise anything to
-    host = _choose(free, randomness)
     host.is_in_trouble = True
     try:
         match fault:
-            case Kill():
+            case Kill() | Hunt():
                 cell.kill(host)
-            case Stop():
+            case Stop() | Rolling():
                 await cell.stop(host)
             case PowerCut():
                 await _cut_power(cell, host, randomness)
@@ -107,6 +130,69 @@ async def _take_down(fault: Kill | PowerCut | Stop, cell: Cell, randomness: Simu
                 cell.restore_power(host)
             await cell.start(host)
             host.is_in_trouble = False
+
+
+async def _hunt(fault: Hunt, cell: Cell, randomness: SimulatedRandomness) -> None:
+    leading = [host for host, node in cell.nodes() if node.replica.is_leader and not host.is_in_trouble]
+    if not leading:
+        return
+    host = _choose(leading, randomness)
+    if randomness.happens(0.5):
+        await _take_down(host, fault, cell, randomness)
+    else:
+        pairs = [(host, other) for other in cell.hosts if other is not host]
+        await _cut_all(fault, cell, pairs, randomness)
+
+
+async def _lose_majority(fault: LostMajority, cell: Cell, randomness: SimulatedRandomness) -> None:
+    owner = cell.hosts[0]
+    if owner.node is None or owner.is_in_trouble or not owner.node.replica.is_named:
+        return
+    voting = [
+        host
+        for host, _ in cell.nodes()
+        if host is not owner
+        and not host.is_in_trouble
+        and owner.node.electorate.votes(owner.node.membership.roster.find(host.name)) is Votes.VOTER
+    ]
+    raft = owner.node.replica.raft
+    if raft is None or 2 * len(voting) <= len(raft.configuration.voters):
+        return
+    lost: list[Host] = []
+    while 2 * len(lost) <= len(raft.configuration.voters):
+        lost.append(voting.pop(randomness.choose(len(voting))))
+    for host in lost:
+        host.is_in_trouble = True
+        cell.kill(host)
+    try:
+        with trio.move_on_after(randomness.uniform(*fault.lasts_s)):
+            is_recovered = False
+            while True:
+                await trio.sleep(1)
+                is_recovered = is_recovered or await _begin_ledger_anew(cell, owner)
+    finally:
+        with trio.CancelScope(shield=True):
+            for host in lost:
+                await cell.start(host)
+                host.is_in_trouble = False
+
+
+async def _begin_ledger_anew(cell: Cell, host: Host) -> bool:
+    """Do what `member recover --lost-majority --force` does; it is refused until the lost are known dead."""
+    node = host.node
+    if node is None:
+        return False
+    with running_on(host.name), trio.CancelScope(shield=True):
+        try:
+            survived = await image_of(node)
+            begun = await node.recovery.begin(though_others_have_more=True)
+        except (KnodeError, trio.ClosedResourceError) as error:
+            cell.trace.note(host.name, "not recovered", why=repr(error))
+            return False
+    cell.trace.note(host.name, "is recovered", incarnation=begun.number)
+    for tell in cell.on_recovered:
+        tell(survived)
+    return True
 
 
 async def _sleep(fault: Sleep, cell: Cell, randomness: SimulatedRandomness) -> None:
@@ -154,7 +240,7 @@ async def _fill_disk(fault: FullDisk, cell: Cell, randomness: SimulatedRandomnes
 
 
 async def _fail_sync(fault: FailedSync, cell: Cell, randomness: SimulatedRandomness) -> None:
-    disk = _choose(cell.hosts, randomness).disk
+    disk = _choose(_some(cell, fault.machines), randomness).disk
     disk.fail_sync(fault.files)
     try:
         await trio.sleep(randomness.uniform(*fault.lasts_s))
@@ -175,7 +261,7 @@ async def _slow_down(fault: SlowDisk, cell: Cell, randomness: SimulatedRandomnes
 
 
 async def _put_back(fault: OldCopy, cell: Cell, randomness: SimulatedRandomness) -> None:
-    host = _choose(cell.hosts, randomness)
+    host = _choose(_some(cell, fault.machines), randomness)
     copy = host.disk.snapshot()
     await trio.sleep(randomness.uniform(*fault.age_s))
     free = [host for host, _ in cell.nodes() if not host.is_in_trouble]
@@ -209,7 +295,9 @@ async def _revoke(cell: Cell, randomness: SimulatedRandomness) -> None:
         host = _choose(members, randomness)
         try:
             with running_on(cell.hosts[0].name):
-                await owner.membership.revoke(owner.membership.roster.find(host.name))
+                member = owner.membership.roster.find(host.name)
+                owner.electorate.check_revocation(member)
+                await owner.membership.revoke(member)
             # An owner that died meanwhile has told nobody that it is done.
             host.is_revoked = cell.hosts[0].node is owner
             cell.trace.note(host.name, "is revoked", acknowledged=host.is_revoked)
@@ -247,7 +335,7 @@ async def _part(fault: Cut | OneWayCut | Flapping, cell: Cell, randomness: Simul
 
 
 async def _cut_all(
-    fault: Partition | Cut, cell: Cell, pairs: list[tuple[Host, Host]], randomness: SimulatedRandomness
+    fault: Partition | Cut | Hunt, cell: Cell, pairs: list[tuple[Host, Host]], randomness: SimulatedRandomness
 ) -> None:
     for a, b in pairs:
         cell.cut(a, b)
@@ -256,6 +344,10 @@ async def _cut_all(
     finally:
         for a, b in pairs:
             cell.heal(a, b)
+
+
+def _some(cell: Cell, machines: int | None) -> list[Host]:
+    return cell.hosts if machines is None else cell.hosts[-machines:]
 
 
 def _choose(hosts: list[Host], randomness: SimulatedRandomness) -> Host:

@@ -41,11 +41,12 @@ class Host:
         *,
         work_s: tuple[float, float],
         clock_skew_s: float,
+        on_open: list[Callable[[Host, Node], None]],
     ) -> None:
         self.name = name
         self.is_asleep = False
         """Whether its node stands still, though it is up."""
-        self.on_open: list[Callable[[Host, Node], None]] = []
+        self.on_open = on_open
         """Called with each node that was opened, before it does anything."""
         self._node: Node | None = None
         self.failures: list[str] = []
@@ -62,6 +63,8 @@ class Host:
         self.disk = SimulatedDisk()
         self.is_in_trouble = False
         """Whether a fault has taken it down; one at a time is enough."""
+        self.is_restored = False
+        """Whether an old copy was put in the place of its disk, so what only this node knew may be gone."""
         self.is_revoked = False
         """Whether its owner was told that it is revoked; news of that may still be on its way."""
         self._after_crash: SimulatedDisk | None = None
@@ -76,6 +79,10 @@ class Host:
     def node(self) -> Node | None:
         """The node, while it is up and awake."""
         return None if self.is_asleep else self._node
+
+    def runs(self, node: Node) -> bool:
+        """Tell whether this node's process is there, awake or not: what a dead one says reaches nobody."""
+        return self._node is node
 
     @property
     def world(self) -> World:
@@ -164,6 +171,7 @@ class Host:
         """End the node at this very moment, and put an old copy of its whole disk in the place of it, as who
         restores a backup does that never was to be restored."""
         self._trace.note(self.name, "is restored from an old copy")
+        self.is_restored = True
         self._end_with(SimulatedDisk.restored(copy))
 
     def _end_with(self, left: SimulatedDisk) -> None:

@@ -19,9 +19,7 @@ from knode.node import Node
 from knode.simulation.host import Host
 from knode.tasks.commands import Complete, Fence, decode_command
 from knode.tasks.lifecycle import State
-from knode.tasks.records import Operation, Outcome, TaskRecord
-
-READ_AT_ONCE = 1000
+from knode.tasks.records import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +29,6 @@ class Agreed:
     entry: Entry
     outcome: Any
     by: str
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerImage:
-    """A whole ledger at one moment."""
-
-    applied: int
-    tasks: dict[bytes, TaskRecord]
-    operations: tuple[Operation, ...]
 
 
 @dataclass(slots=True)
@@ -102,16 +91,3 @@ class Observer:
     def _check_fence(self, fence: Fence, outcome: Outcome) -> None:
         if self._attempts.get(fence.task) != fence.attempt:
             self.stale.append(f"attempt {fence.attempt} ended task {fence.task.hex()}, which was not current")
-
-
-async def image_of(node: Node) -> LedgerImage:
-    """Read a node's whole ledger."""
-    tasks: dict[bytes, TaskRecord] = {}
-    before: int | None = None
-    while page := await node.ledger.list(READ_AT_ONCE, before=before):
-        tasks |= {record.task.id: record for record in page}
-        before = page[-1].task.number
-    operations: list[Operation] = []
-    while more := await node.ledger.operations(operations[-1].number if operations else 0, READ_AT_ONCE):
-        operations += more
-    return LedgerImage(node.ledger.applied, tasks, tuple(operations))

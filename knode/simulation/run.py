@@ -14,8 +14,9 @@ from knode.simulation.durable_clients import Book, DurableUsers
 from knode.simulation.evidence import Evidence
 from knode.simulation.faults import inflict
 from knode.simulation.guard import guard
+from knode.simulation.image import image_of
 from knode.simulation.invariants import INVARIANTS
-from knode.simulation.observer import Observer, image_of
+from knode.simulation.observer import Observer
 from knode.simulation.scenario import Scenario
 from knode.simulation.schedule import run_repeatably
 from knode.simulation.stranger import Stranger
@@ -99,14 +100,14 @@ class Run:
             self._trace.readers.append(history.read)
             stranger = Stranger(cell, self._randomness("stranger"))
             observer = Observer()
-            for host in cell.hosts:
-                host.on_open.append(observer.attach)
+            cell.on_open.append(observer.attach)
             evidence = Evidence(cell, history, Book(), observer, stranger)
+            cell.on_recovered.append(evidence.let_go)
             async with trio.open_nursery() as nursery:
                 await nursery.start(cell.run)
                 self._progress(f"founding a cell of {self._nodes}")
                 await cell.found()
-                lay_out_files(cell)
+                lay_out_files(cell.hosts)
                 await self._settle(evidence)
                 history.lost_links.clear()
                 async with trio.open_nursery() as meanwhile:
@@ -120,7 +121,7 @@ class Run:
                     meanwhile.cancel_scope.cancel()
                 self._check(evidence, "anytime_")
                 for host, node in cell.nodes():
-                    if node.replica.is_named:
+                    if node.replica.is_named and not cell.is_revoked(host):
                         evidence.ledgers[host.name] = await image_of(node)
                 self._check(evidence, "finally_")
                 for host in cell.hosts:

@@ -159,12 +159,17 @@ Files = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 LOG_FILES = "*/raft/*.log"
 
 
+Machines = Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)] | None
+"""Only so many of the machines, the last ones, so that a majority keeps its disks; None: any."""
+
+
 class BitFlip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="bit-flip"):
     """One bit of a machine's disk turns over, for ever; nobody notices before it is read. Not one of
     what was synced last: together with a crash that is a torn write, which no one can tell from it."""
 
     every_s: Span
     files: Files = LOG_FILES
+    machines: Machines = None
 
 
 class FailedSync(
@@ -176,6 +181,7 @@ class FailedSync(
     every_s: Span
     lasts_s: Span
     files: Files = LOG_FILES
+    machines: Machines = None
 
 
 class SlowDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="slow-disk"):
@@ -193,6 +199,7 @@ class OldCopy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
     age_s: Span
     lasts_s: Span
     """How long the machine is gone."""
+    machines: Machines = None
 
 
 class RoleChange(
@@ -208,6 +215,40 @@ class Revocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
     """The owner revokes a member, for ever; it goes on as if nothing had happened. Two members stay."""
 
     every_s: Span
+
+
+class Rolling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="rolling"):
+    """All nodes are stopped and started again, in order, one after the other, as for an update."""
+
+    every_s: Span
+    lasts_s: Span
+    """How long each is gone."""
+    between_s: Span
+
+
+class Hunt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="hunt"):
+    """Whoever leads the cell's voters is killed, or cut off from all others."""
+
+    every_s: Span
+    lasts_s: Span
+
+
+class Newcomer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="newcomer"):
+    """Another machine joins the cell, by a ticket of the owner."""
+
+    every_s: Span
+    most: Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)] = 3
+    """How many at most."""
+
+
+class LostMajority(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="lost-majority"
+):
+    """Most voters are killed, and the owner's node begins the ledger anew with what it has. In the end the
+    others come back, with what they had."""
+
+    every_s: Span
+    lasts_s: Span
 
 
 Fault = (
@@ -227,6 +268,10 @@ Fault = (
     | OldCopy
     | RoleChange
     | Revocation
+    | Rolling
+    | Hunt
+    | Newcomer
+    | LostMajority
 )
 
 

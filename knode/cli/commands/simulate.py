@@ -14,6 +14,9 @@ from knode.errors import EXIT_FAILED
 def simulate(
     context: typer.Context,
     seed: Annotated[int, typer.Option(metavar="S", min=0, help="The same seed gives the same run.")] = 1,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="A-B", help="Run all these seeds, one after the other.")
+    ] = None,
     nodes: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=64, help="How many nodes; the scenario says.")
     ] = None,
@@ -22,16 +25,38 @@ def simulate(
     ] = None,
 ) -> None:
     """Run nodes in a simulated world under faults; exit 1 when a promise is broken."""
-    from knode.simulation.command import reproduction
+    from knode.simulation.command import parse_seeds, reproduction, simulate_seeds
     from knode.simulation.command import simulate as run
 
     session = session_of(context)
+    if seeds is not None:
+        found = simulate_seeds(
+            seeds=parse_seeds(seeds), nodes=nodes, scenario=scenario, progress=session.note
+        )
+        session.show(found, _summary_of_seeds)
+        if found["broken"]:
+            raise typer.Exit(EXIT_FAILED)
+        return
     outcome = run(seed=seed, nodes=nodes, scenario=scenario, progress=session.note)
     session.show(outcome, _summary)
     if outcome["violations"]:
         again = reproduction(seed, outcome["nodes"], scenario)
         session.warn(f"again: {again}")
         raise typer.Exit(EXIT_FAILED)
+
+
+def _summary_of_seeds(found: render.Document) -> str:
+    """Show how many seeds were run, and the command that shows again each that broke a promise."""
+    broken: list[dict[str, Any]] = found["broken"]
+    head = render.fields(
+        {
+            "scenario": f"{found['scenario']}, {found['nodes']} nodes",
+            "seeds": f"{found['first_seed']} to {found['last_seed']}",
+            "promises": f"broken by {len(broken)} of {found['runs']} seeds" if broken else "all kept",
+        }
+    )
+    lines = [f"{each['again']}\n    {each['invariant']}: {each['what']}" for each in broken]
+    return "\n".join((head, *(render.printable(part) for line in lines for part in line.split("\n"))))
 
 
 def _summary(outcome: render.Document) -> str:
