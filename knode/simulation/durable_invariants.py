@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from knode.consensus.electorate import Votes
+from knode.consensus.voters import MAX_VOTERS, VOTING_ROLES
 from knode.simulation.durable_clients import Asked, step
 from knode.simulation.evidence import Evidence
 from knode.simulation.image import LedgerImage
@@ -52,11 +53,13 @@ def eventually_one_leads(evidence: Evidence) -> Iterator[str]:
 def eventually_the_unfit_are_replaced(evidence: Evidence) -> Iterator[str]:
     """No member has a replica that was damaged or restored: it has begun anew, and the others know it."""
     for host, node in evidence.cell.nodes():
-        if evidence.cell.is_revoked(host):
+        if evidence.cell.is_revoked(host) or not node.membership.in_cell:
             continue
         if node.replica.must_be_renewed:
             yield f"{host.name} has a replica that may not vote"
-        if node.electorate.votes(node.membership.own) is Votes.NOT:
+        own, members = node.membership.own, node.membership.roster.members
+        may_vote = own.role in VOTING_ROLES and len(members) <= MAX_VOTERS
+        if may_vote and node.electorate.votes(own) is Votes.NOT:
             yield f"{host.name} has no place among those who vote and learn"
 
 

@@ -262,18 +262,22 @@ async def _slow_down(fault: SlowDisk, cell: Cell, randomness: SimulatedRandomnes
 
 async def _put_back(fault: OldCopy, cell: Cell, randomness: SimulatedRandomness) -> None:
     host = _choose(_some(cell, fault.machines), randomness)
-    copy = host.disk.snapshot()
-    await trio.sleep(randomness.uniform(*fault.age_s))
-    free = [host for host, _ in cell.nodes() if not host.is_in_trouble]
-    if host not in free or len(free) < 2:
+    if host.is_in_trouble or host not in [each for each, _ in cell.nodes()]:
         return
+    copy = host.disk.snapshot()
     host.is_in_trouble = True
     try:
+        # Started once more since it was copied: that is what the others notice (docs/guides/lost-voters.md).
+        cell.kill(host)
+        with trio.CancelScope(shield=True):
+            await cell.start(host)
+        await trio.sleep(randomness.uniform(*fault.age_s))
         cell.restore(host, copy)
         await trio.sleep(randomness.uniform(*fault.lasts_s))
     finally:
         with trio.CancelScope(shield=True):
-            await cell.start(host)
+            if host.node is None:
+                await cell.start(host)
             host.is_in_trouble = False
 
 
@@ -347,7 +351,11 @@ async def _cut_all(
 
 
 def _some(cell: Cell, machines: int | None) -> list[Host]:
-    return cell.hosts if machines is None else cell.hosts[-machines:]
+    """Return the machines of which one may be damaged: never most of them."""
+    if machines is None:
+        return cell.hosts
+    minority = max(1, (len(cell.hosts) - 1) // 2)
+    return cell.hosts[-min(machines, minority) :]
 
 
 def _choose(hosts: list[Host], randomness: SimulatedRandomness) -> Host:

@@ -193,7 +193,7 @@ class SlowDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 
 class OldCopy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="old-copy"):
-    """A machine's disk is copied, and `age_s` later its node is killed and the copy put back."""
+    """A machine's disk is copied, its node is restarted, and `age_s` later killed and the copy put back."""
 
     every_s: Span
     age_s: Span

@@ -28,7 +28,10 @@ from knode.simulation.invariants import INVARIANTS
 from knode.simulation.run import Run
 from knode.tasks.worker import Worker
 
-SEEDS = (1, 2)
+SEEDS = (1,)
+LONG = ("standard", "rolling", "hunting", "flapping", "slow", "churn", "damaged", "lost")
+"""The scenarios of durable tasks; a shorter storm stands for theirs here."""
+SHORT_S = 10
 LARGE = "fifty"
 """Takes minutes; a part of it stands for it here."""
 SOME_SEEDS = range(1, 11)
@@ -44,11 +47,17 @@ every_s = [1000, 1000]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("scenario", [name for name in scenarios.names() if name != LARGE])
+@pytest.mark.parametrize("scenario", [name for name in scenarios.names() if name not in (LARGE, *LONG)])
 def test_every_promise_is_kept(scenario: str, seed: int) -> None:
     outcome = simulate(seed=seed, nodes=3, scenario=scenario)
     assert outcome["violations"] == [], reproduction(seed, 3, scenario)
     assert outcome["tasks"]["succeeded"] > 50
+
+
+@pytest.mark.parametrize("scenario", LONG)
+def test_every_promise_of_durable_tasks_is_kept(scenario: str) -> None:
+    short = msgspec.structs.replace(scenarios.load(scenario), lasts_s=SHORT_S)
+    assert Run(short, 1, nodes=3).run().violations == ()
 
 
 def test_a_large_cell_has_all_links_and_knows_all_loads() -> None:
@@ -71,12 +80,16 @@ def test_what_was_found_once_stays_away(scenario: str, seed: int) -> None:
     assert simulate(seed=seed, nodes=3, scenario=scenario)["violations"] == []
 
 
-def test_one_seed_gives_the_same_bytes_in_every_process() -> None:
+def test_one_seed_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     outputs = set()
+    path = tmp_path / "everything.toml"
+    path.write_text(
+        (scenarios.FOLDER / "standard.toml").read_text().replace("lasts_s = 60", "lasts_s = 10", 1)
+    )
     for hash_seed in ("0", "4711"):
         command = (sys.executable, "-m", "knode", "simulate", "--json", "-q", "--seed", "5")
         done = subprocess.run(
-            (*command, "--scenario", "crashes", "--nodes", "4"),
+            (*command, "--scenario", str(path), "--nodes", "4"),
             env={**os.environ, "PYTHONHASHSEED": hash_seed},
             capture_output=True,
             timeout=60,
@@ -225,6 +238,22 @@ def test_a_broken_promise_exits_with_one_and_says_how_to_see_it_again(
     assert document["scenario"] == "idle"
     assert [violation["invariant"] for violation in document["violations"]] == ["finally_the_cell_has_worked"]
     assert f"knode simulate --scenario {path} --nodes 2 --seed 3" in shown.err
+
+
+def test_many_seeds_are_run_by_one_command_and_those_that_fail_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "idle.toml"
+    path.write_text(IDLE.format(lasts_s=1))
+    words = ["simulate", "-q", "--seeds", "3-4", "--nodes", "2", "--scenario", str(path)]
+    monkeypatch.setattr(sys, "argv", ["knode", *words])
+    assert program.main() == 1
+    shown = capsys.readouterr().out
+    assert "broken by 2 of 2 seeds" in shown
+    assert f"knode simulate --scenario {path} --nodes 2 --seed 4" in shown
+
+    monkeypatch.setattr(sys, "argv", ["knode", "simulate", "--seeds", "2-1"])
+    assert program.main() == 2
 
 
 def test_people_read_a_short_summary(
