@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import trio
 from mesh_cell import RECOVERY, Cell, MeshNode, Text, key_of, refused, until
@@ -204,11 +206,12 @@ async def test_a_node_that_was_away_serves_no_revoked_key_that_finds_it_before_t
     await stranger.say(stranger.request(1, "test.echo", encode(Text("before the others come"))))
     await trio.sleep(0.1)
     cell.network.heal("a", "c")
-    answer = await stranger.answer(1)
-    assert isinstance(answer, Failure)
-    assert answer.code == Code.KEY_REVOKED
-    assert c.ran == []
+    with suppress(LinkClosed):  # the link may be closed before the answer is on it
+        answer = await stranger.answer(1)
+        assert isinstance(answer, Failure)
+        assert answer.code == Code.KEY_REVOKED
     assert await until(lambda: a.peer(c).conversation is not None) < SETTLE_S
+    assert c.ran == []
 
 
 async def test_a_node_that_reaches_nobody_else_serves_a_revoked_key_until_it_does(cell: Cell) -> None:
