@@ -9,6 +9,7 @@ import trio
 from memory_cell import COMMAND, Cell, Host, Seeded
 from trio.testing import MockClock
 
+from knode.consensus.electorate import Votes
 from knode.errors import Code, KnodeError
 from knode.mesh.statements import Role
 from knode.tasks.commands import Bundle, Fence
@@ -42,11 +43,15 @@ async def effects_of(host: Host, task: bytes) -> list[bytes]:
 
 
 async def three(cell: Cell, **settings: str) -> tuple[Host, Host, Host]:
-    return (
-        await cell.add("desk", **settings),
-        await cell.add("attic", **settings),
-        await cell.add("barn", **settings),
-    )
+    """Three nodes that all vote: of fewer, the first alone would go on leading without the others."""
+    desk, attic, barn = [await cell.add(name, **settings) for name in ("desk", "attic", "barn")]
+
+    def votes(host: Host) -> bool:
+        member = desk.node.membership.roster.find(host.name)
+        return desk.node.electorate.votes(member) is Votes.VOTER
+
+    await cell.until(lambda: all(map(votes, (desk, attic, barn))))
+    return desk, attic, barn
 
 
 def runner_of(cell: Cell) -> Host:
