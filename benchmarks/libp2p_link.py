@@ -18,7 +18,8 @@ from typing import Any
 
 import trio
 
-from benchmarks.node import FLAGS, _daemon, _resident_mib
+from benchmarks.node import FLAGS, _daemon
+from benchmarks.node import resident_mib as resident_mib_of
 from benchmarks.report import Row
 from knode.home.layout import Home
 from knode.identity import KeyPair
@@ -120,7 +121,7 @@ def _memory() -> Row:
             initialise(home, name="daemon", flags=flags)
             with _daemon(home) as (pid, _):
                 time.sleep(IMPORTED_S)
-                resident_mib[libp2p] = _resident_mib(pid)
+                resident_mib[libp2p] = resident_mib_of(pid)
     more_mib = resident_mib["true"] - resident_mib["false"]
     return Row(
         name="libp2p on: memory of an idle daemon beyond that with libp2p off",

@@ -15,6 +15,7 @@ from pathlib import Path
 import trio
 
 from benchmarks._cell import TOGETHER, cell_of_three, tasks_a_second
+from benchmarks.node import resident_mib
 from benchmarks.report import aligned
 from knode.testnet.processes import daemons_of
 
@@ -32,14 +33,9 @@ async def _measure(folder: Path, tasks: int) -> list[tuple[int, float, list[floa
         part = tasks // SAMPLES
         for number in range(1, SAMPLES + 1):
             rate = await tasks_a_second(node, part)
-            samples.append((number * part, rate, [_resident_mib(pid) for pid in pids]))
+            samples.append((number * part, rate, [resident_mib(pid) for pid in pids]))
             print(f"{number * part} tasks", file=sys.stderr, flush=True)
     return samples
-
-
-def _resident_mib(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def main(tasks: int) -> int:

@@ -136,7 +136,7 @@ async def _measure(
         before = _processor_s(daemon_pid)
         await trio.sleep(IDLE_S)
         idle_percent = 100 * (_processor_s(daemon_pid) - before) / IDLE_S
-        idle_mib = _resident_mib(daemon_pid)
+        idle_mib = resident_mib(daemon_pid)
         nursery.cancel_scope.cancel()
     return seconds, idle_percent, idle_mib
 
@@ -189,7 +189,8 @@ def _ready_s(home: Home) -> float:
         return seconds
 
 
-def _resident_mib(pid: int) -> float:
+def resident_mib(pid: int) -> float:
+    """Return how much memory a process has resident, in MiB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
