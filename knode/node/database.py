@@ -26,12 +26,12 @@ async def open_ledger(world: World, home: Home, database: Database, log: Log) ->
         KnodeError: as `LedgerStore.open`.
     """
     try:
-        return await LedgerStore.open(world, home.ledger)
+        return await LedgerStore.open(world, home.ledger, log)
     except KnodeError as error:
         if error.code is not Code.HOME_DAMAGED or await stored_members(database) < 2:
             raise
         log.warning("the ledger is damaged, and made anew", why=str(error))
-    return await LedgerStore.open_anew(world, home.ledger)
+    return await LedgerStore.open_anew(world, home.ledger, log)
 
 
 async def open_database(world: World, home: Home) -> Database:

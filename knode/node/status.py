@@ -33,6 +33,7 @@ def status(node: Node) -> dict[str, Any]:
         "members": [member_document(node, m) for m in membership.roster.members.values()] if in_cell else [],
         "agents": [e.manifest.id for e in node.registry.list() if e.state is AgentState.RUNNING],
         "tasks": _tasks(node),
+        "durable": _durable(node),
         "warnings": _warnings(node),
         "version": __version__,
         "uptime_s": round(node.world.clock.monotonic() - node.started_at, 3),
@@ -132,6 +133,20 @@ def _tasks(node: Node) -> dict[str, int]:
     return {state: count for state, count in sorted(counts.items()) if count}
 
 
+def _durable(node: Node) -> dict[str, Any]:
+    """Return what durable tasks take here, and what went wrong with them since the start."""
+    files, file_bytes = node.inputs.held
+    return {
+        "kept_attempts": len(node.attempts),
+        "kept_attempt_bytes": node.attempts.kept_bytes,
+        "held_files": files,
+        "held_file_bytes": file_bytes,
+        "refused_ends": dict(node.reception.refused),
+        "dropped_messages": dict(node.replica.dropped),
+        "faults": node.ledger.faults,
+    }
+
+
 def _link(peer: Peer) -> dict[str, Any]:
     conversation = peer.conversation
     if conversation is None:
@@ -166,6 +181,11 @@ def _warnings(node: Node) -> list[str]:
                 f"'knode member revoke {member.name}', then invite it again"
             )
         warnings += voting_warnings(node)
+        if node.ledger.faults:
+            warnings.append(
+                "commands of the ledger met a fault of knode itself, and did nothing "
+                f"({node.ledger.faults}): see 'knode logs tail', and report it"
+            )
         lost = [p for p in node.peers.members() if p.state is PeerState.FAILED]
         if lost:
             names = ", ".join(membership.roster.members[p.key.raw].name for p in lost)

@@ -60,8 +60,10 @@ TIDY_EVERY_S = 0.5
 _FINAL_REFUSALS = frozenset({Code.BAD_FRAME, Code.INVALID_ARGUMENT, Code.NON_CANONICAL, Code.TOO_LARGE})
 """A completion that is answered so can never be taken: the attempt has failed."""
 PATIENCE_S = 60.0
-"""How long a completion for which the ledger has no room is repeated before the attempt has failed: room may
-never come while attempts that wait for it hold the places of those that would make it."""
+"""How long a completion for which the ledger has no room, or that meets a fault of knode itself, is repeated
+before the attempt has failed: room may never come while attempts that wait for it hold the places of those
+that would make it."""
+_NOT_FOR_LONG = frozenset({Code.INTERNAL, Code.RATE_LIMITED})
 
 Bring = Callable[[AssignAttempt, Path], Awaitable[None]]
 """Put the files of an attempt into a folder; see `knode.tasks.inputs`."""
@@ -154,6 +156,11 @@ class Attempts:
     def __len__(self) -> int:
         """Return how many attempts are kept: those that run, wait, or are being delivered."""
         return len(self._kept)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What they and their ends take in memory."""
+        return self._kept_bytes
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Go on with what the last start left, then own what is accepted, until cancelled.
@@ -350,7 +357,7 @@ class Attempts:
         """Tell the leader how an attempt ended until it knows."""
         assert kept.outcome is not None
         pause_s = FIRST_PAUSE_S
-        full_at: float | None = None
+        refused_at: float | None = None
         while True:
             await self._keep_outcome(kept)
             try:
@@ -365,9 +372,9 @@ class Attempts:
                     self._log.warning("attempt was another member's", **_fields(kept), why=error.message)
                     return
                 now = self._world.clock.monotonic()
-                full_at = (full_at or now) if error.code is Code.RATE_LIMITED else None
+                refused_at = (refused_at or now) if error.code in _NOT_FOR_LONG else None
                 is_final = error.code in _FINAL_REFUSALS or (
-                    full_at is not None and now - full_at > PATIENCE_S
+                    refused_at is not None and now - refused_at > PATIENCE_S
                 )
                 if isinstance(kept.outcome, CompleteAttempt) and is_final:
                     self._log.warning("the leader takes no such end", **_fields(kept), why=error.message)

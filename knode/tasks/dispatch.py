@@ -377,7 +377,11 @@ class Dispatcher:
             self._nursery.start_soon(self._propose_expiry, tuple(dict.fromkeys(due)))
 
     async def _propose_expiry(self, due: tuple[bytes, ...]) -> None:
-        if await self._try(Expire(self.now(), due)) is None:
+        outcome = await self._try(Expire(self.now(), due))
+        if outcome is not None and outcome.code is not None and len(due) > 1:
+            for id in due:  # a fault that one of them causes must not keep the others
+                await self._propose_expiry((id,))
+        elif outcome is None:
             for id in due:
                 heapq.heappush(self._deadlines, (self.now() + PUT_OFF_MS, id))
 

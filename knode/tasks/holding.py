@@ -88,6 +88,12 @@ class Holding:
         """The tasks of which something is held."""
         return tuple(self._tasks)
 
+    @property
+    def files(self) -> tuple[int, int]:
+        """How many files are held, and their bytes."""
+        sizes = [size for held in self._tasks.values() for size in held.whole.values()]
+        return len(sizes), sum(sizes)
+
     def owner(self, task: bytes) -> bytes | None:
         """Return whose a task is; None when nothing of it is held."""
         held = self._tasks.get(task)

@@ -92,6 +92,11 @@ class Inputs:
             await trio.sleep(ASK_EVERY_S)
             await self._let_go()
 
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many files are held here, and their bytes."""
+        return self._holding.files
+
     async def keep(
         self, task: bytes, paths: Sequence[Path], deadline: Monotonic
     ) -> tuple[tuple[File, ...], tuple[bytes, ...]]:

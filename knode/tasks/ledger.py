@@ -5,7 +5,8 @@ state. So nothing here asks for the time (an entry carries its leader's, and the
 for chance, for the roster or for a grant: the leader checks those before it proposes. What apply checks
 itself is what holds whoever leads: keys, fences, who was assigned, and the limits.
 
-A command is done whole, or refused with a named error and changes nothing but the ledger's time.
+A command is done whole, or refused with a named error and changes nothing but the ledger's time. One that
+raises, by a bug, changes nothing at all (`knode.tasks.applying`).
 """
 
 from __future__ import annotations

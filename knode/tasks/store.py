@@ -9,16 +9,16 @@ from typing import TypeAlias
 
 import apsw
 
-from knode.consensus.messages import Entry, Index, Kind
+from knode.consensus.messages import Entry, Index
 from knode.errors import Code, KnodeError
 from knode.storage import Database
 from knode.tasks import dump, tables
+from knode.tasks.applying import Fault, Met, apply_all, apply_each
 from knode.tasks.commands import decode_command
-from knode.tasks.ledger import apply
 from knode.tasks.lifecycle import State
 from knode.tasks.records import Change, LedgerTask, Operation, Outcome, TaskRecord, Totals
-from knode.tasks.tables import MIGRATIONS, Batch, Held
-from knode.world import World
+from knode.tasks.tables import MIGRATIONS, Held
+from knode.world import Log, SilentLog, World
 
 Outcomes: TypeAlias = list[Outcome | None]
 """Of one batch, an entry each; None of an entry that holds no command."""
@@ -40,11 +40,16 @@ class LedgerStore:
     between two steps of the loop only.
     """
 
-    def __init__(self, world: World, path: Path, database: Database, held: Held) -> None:
+    def __init__(self, world: World, path: Path, database: Database, held: Held, log: Log) -> None:
+        self.faults = 0
+        """How many commands met a fault of knode itself since this process began."""
         self._world = world
         self._path = path
         self._database = database
         self._held = held
+        self._log = log
+        self._logged: set[str] = set()
+        """Kinds of command of which a fault was logged."""
         self._seen_at = world.clock.monotonic()
         """When the ledger's time was last put forward here."""
         self.on_change: list[Callable[[Sequence[Change]], None]] = []
@@ -52,7 +57,7 @@ class LedgerStore:
         `clear`: with the tasks that had not ended before or have not ended now."""
 
     @classmethod
-    async def open(cls, world: World, path: Path) -> LedgerStore:
+    async def open(cls, world: World, path: Path, log: Log | None = None) -> LedgerStore:
         """Open or make the ledger.
 
         Raises:
@@ -62,17 +67,17 @@ class LedgerStore:
             world, path, MIGRATIONS, synchronous="NORMAL", checkpoint_pages=CHECKPOINT_PAGES
         )
         try:
-            return cls(world, path, database, await database.read(Held.load))
+            return cls(world, path, database, await database.read(Held.load), log or SilentLog())
         except BaseException:
             await database.aclose()
             raise
 
     @classmethod
-    async def open_anew(cls, world: World, path: Path) -> LedgerStore:
+    async def open_anew(cls, world: World, path: Path, log: Log | None = None) -> LedgerStore:
         """Remove what is there, and open an empty ledger. Raises as `open`."""
         for suffix in ("", "-wal", "-journal"):
             await world.blocking.run(partial(world.disk.remove, path.with_name(path.name + suffix)))
-        return await cls.open(world, path)
+        return await cls.open(world, path, log)
 
     async def aclose(self) -> None:
         """Close the file; twice is no error."""
@@ -199,7 +204,7 @@ class LedgerStore:
     # The state machine.
 
     async def apply(self, entries: Sequence[Entry]) -> Outcomes:
-        """Apply committed entries in one transaction; see `StateMachine.apply`.
+        """Apply committed entries in one transaction; see `StateMachine.apply`, `knode.tasks.applying`.
 
         Raises:
             KnodeError: HOME_TOO_NEW for a command of a newer version, DISK_FULL, DISK_READ_ONLY,
@@ -207,13 +212,29 @@ class LedgerStore:
 
         Cancelled before the transaction begins, nothing was applied; after that it is applied and seen.
         """
-        batch, outcomes = await self._database.write(partial(_apply, held=self._held, entries=entries))
+        try:
+            work = partial(apply_all, held=self._held, entries=entries)
+            batch, outcomes, faults = await self._database.write(work)
+        except Fault:
+            work = partial(apply_each, held=self._held, entries=entries)
+            batch, outcomes, faults = await self._database.write(work)
         before = self.now
         batch.publish()
+        self._note(faults)
         if self.now > before:
             self._seen_at = self._world.clock.monotonic()
         self._tell(batch.changes)
         return outcomes
+
+    def _note(self, faults: Sequence[Met]) -> None:
+        for entry, cause in faults:
+            self.faults += 1
+            kind = type(decode_command(entry.data)).__name__
+            if kind not in self._logged:  # whoever can cause one can cause many
+                self._logged.add(kind)
+                self._log.error(
+                    "a command met a fault of knode itself", command=kind, index=entry.index, exc_info=cause
+                )
 
     async def sync(self) -> Index:
         """Make all that is applied survive a power cut; return its index."""
@@ -259,7 +280,7 @@ class LedgerStore:
             if error.code is not Code.HOME_DAMAGED:
                 raise
             await self._database.aclose()
-            before, fresh = self._held, await self.open_anew(self._world, self._path)
+            before, fresh = self._held, await self.open_anew(self._world, self._path, self._log)
             self._database, self._held = fresh._database, fresh._held
             self._tell([Change(id, task.state, None) for id, task in before.live.items()])
 
@@ -282,28 +303,6 @@ class LedgerStore:
         if changes:
             for listener in self.on_change:
                 listener(changes)
-
-
-def _apply(connection: apsw.Connection, *, held: Held, entries: Sequence[Entry]) -> tuple[Batch, Outcomes]:
-    batch = Batch(connection, held)
-    outcomes = [_apply_one(batch, entry) for entry in entries]
-    batch.save()
-    return batch, outcomes
-
-
-def _apply_one(batch: Batch, entry: Entry) -> Outcome | None:
-    assert entry.index == batch.totals.applied + 1, "entries are applied one after the other"
-    batch.totals.applied = entry.index
-    if entry.kind is not Kind.COMMAND or not entry.data:
-        return None
-    try:
-        command = decode_command(entry.data)
-    except KnodeError as error:
-        if error.code is Code.HOME_TOO_NEW:
-            raise
-        # The same bytes are refused everywhere.
-        return Outcome(error.code, error.message)
-    return apply(batch, command)
 
 
 def _ids_with(connection: apsw.Connection, prefix: str) -> list[bytes]:

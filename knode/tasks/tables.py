@@ -7,11 +7,13 @@ that lies apart until its transaction is durable; when it fails, nothing has cha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import Any
 
 import apsw
 from msgspec.structs import astuple, fields
 
+from knode.errors import Code, LocalError
 from knode.klp.codec import Decoder, encode
 from knode.tasks.commands import Considered, Fence, NewTask
 from knode.tasks.lifecycle import State
@@ -124,6 +126,13 @@ class Batch:
         self._usage = dict(held.usage)
         self._live: dict[bytes, LedgerTask | None] = {}
         """What became of tasks that had not ended; None: they have."""
+
+    def copy(self) -> Batch:
+        """Return one as this is now: to go on with when what is written next is rolled back."""
+        twin = copy(self)
+        twin.totals = Totals(*astuple(self.totals))
+        twin.changes, twin._usage, twin._live = [*self.changes], dict(self._usage), dict(self._live)
+        return twin
 
     def save(self) -> None:
         """Write the totals; the last thing before the commit."""
@@ -334,9 +343,20 @@ def columns_of(task: LedgerTask) -> Row:
 
 
 def task_of(row: Sequence[Any]) -> LedgerTask:
-    """Return the task of a row's columns."""
+    """Return the task of a row's columns.
+
+    Raises:
+        KnodeError: HOME_DAMAGED for what no version writes.
+    """
     values = list(row)
     joined = values[_HOLDERS]
     values[_HOLDERS] = tuple(joined[at : at + 32] for at in range(0, len(joined), 32))
-    values[_STATE] = State(values[_STATE])
+    try:
+        values[_STATE] = State(values[_STATE])
+    except ValueError as error:
+        raise LocalError(
+            Code.HOME_DAMAGED,
+            f"the ledger of this node is damaged: a task cannot be {values[_STATE]!r}",
+            "check the disk, then start the node again",
+        ) from error
     return LedgerTask(*values)

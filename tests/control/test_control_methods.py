@@ -133,6 +133,15 @@ async def test_status_tells_the_whole_picture(autojump_clock: MockClock, cell: C
     [no_failover] = status["warnings"]
     assert "no failover yet" in no_failover
     assert (status["refusals"], status["failures"], status["dropped"]) == ({}, {}, 0)
+    assert status["durable"] == {
+        "kept_attempts": 0,
+        "kept_attempt_bytes": 0,
+        "held_files": 0,
+        "held_file_bytes": 0,
+        "refused_ends": {},
+        "dropped_messages": {},
+        "faults": 0,
+    }
     assert set(status["process"]) == {"resident_bytes", "descriptors", "threads", "tasks"}
     assert all(count > 0 for count in status["process"].values())
     assert {TEXT, COMMAND} <= set(status["agents"])

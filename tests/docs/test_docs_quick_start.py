@@ -22,7 +22,7 @@ from real_processes import PATIENCE_S, Process, kill_daemons, plain_environment
 from knode.control.client import Client
 from knode.home.layout import Home
 
-MAPS = {"tasks", "refusals", "failures"}
+MAPS = {"tasks", "refusals", "failures", "refused_ends", "dropped_messages"}
 """Fields of documents whose keys are data."""
 ANY_KIND = {"result", "value"}
 """Fields that hold whatever there is."""
