@@ -15,7 +15,7 @@ from knode.simulation.evidence import Evidence
 from knode.simulation.faults import inflict
 from knode.simulation.guard import guard
 from knode.simulation.image import image_of
-from knode.simulation.invariants import INVARIANTS
+from knode.simulation.invariants import INVARIANTS, finally_nothing_of_attempts_is_left
 from knode.simulation.observer import Observer
 from knode.simulation.scenario import Scenario
 from knode.simulation.schedule import run_repeatably
@@ -116,8 +116,7 @@ class Run:
                     await self._storm(evidence)
                     self._progress("healed")
                     await self._settle(evidence)
-                    last_deadline_s = self._scenario.clients.deadline_s[1] + ANSWER_GRACE_S
-                    await trio.sleep(max(last_deadline_s, SWEPT_AFTER_S) + self._scenario.check_every_s)
+                    await self._run_out(evidence)
                     meanwhile.cancel_scope.cancel()
                 self._check(evidence, "anytime_")
                 for host, node in cell.nodes():
@@ -170,6 +169,14 @@ class Run:
                 return
             await trio.sleep(LOOK_EVERY_S)
         self._check(evidence, "eventually_")
+
+    async def _run_out(self, evidence: Evidence) -> None:
+        """Go on until the last deadline is over, and until files that nobody came for are swept away."""
+        last_deadline_s = self._scenario.clients.deadline_s[1] + ANSWER_GRACE_S
+        await trio.sleep(last_deadline_s + self._scenario.check_every_s)
+        with trio.move_on_after(SWEPT_AFTER_S):
+            while any(finally_nothing_of_attempts_is_left(evidence)):  # noqa: ASYNC110 - nobody tells
+                await trio.sleep(LOOK_EVERY_S)
 
     def _complaints(self, evidence: Evidence, when: str) -> list[tuple[str, str]]:
         names = [name for name in self._scenario.invariants if name.startswith(when)]

@@ -69,6 +69,7 @@ class SimulatedBlocking:
     async def run(self, work: Callable[[], T]) -> T:
         """Return what `work` returns; cancelling waits for it to end."""
         async with self._limiter:
-            with trio.CancelScope(shield=True):
-                await trio.sleep(self._randomness.uniform(*self._delay_s()))
+            done_at = trio.current_time() + self._randomness.uniform(*self._delay_s())
+            with trio.CancelScope(shield=True, deadline=done_at):
+                await trio.sleep_forever()
             return work()
