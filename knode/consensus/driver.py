@@ -103,6 +103,7 @@ class Driver:
         self._unapplied_bytes = 0
         self._apply_work = trio.Event()
         self._state_turn = trio.Lock()
+        self._dump_turn = trio.Lock()
         self._advanced = trio.Event()
         self._proposals = Proposals()
         self._reads: dict[int, Promise[Index]] = {}
@@ -266,14 +267,15 @@ class Driver:
     async def dump(self, path: Path) -> Snapshot:
         """Write the state to a new file; return what it stands for.
 
+        Entries are applied meanwhile, and the log is not compacted.
+
         Raises:
-            KnodeError: DISK_FULL, DISK_READ_ONLY; UNAVAILABLE when it is about to be replaced.
+            KnodeError: DISK_FULL, DISK_READ_ONLY; UNAVAILABLE when it was replaced or is about to be.
         """
-        async with self._state_turn:
+        async with self._dump_turn:
             index = await self._state_machine.dump(path)
-            assert index == self.applied
             if index < self.raft.first_index - 1:
-                raise KnodeError(Code.UNAVAILABLE, "this state is being replaced by a newer one")
+                raise KnodeError(Code.UNAVAILABLE, "a newer state takes the place of this one")
             return self.raft.snapshot_at(index)
 
     # The owner.
@@ -490,12 +492,13 @@ class Driver:
     async def _compact(self) -> None:
         """Let go of a long log, as far as the state machine holds it durably, but for the latest entries.
 
-        A disk that takes nothing now is asked again later.
+        A disk that takes nothing now is asked again later; so is a state machine that is being dumped, for
+        which one would wait.
         """
         now = self._world.clock.monotonic()
-        if not self._backlog.is_long or now < self._compact_at:
+        if not self._backlog.is_long or now < self._compact_at or self._dump_turn.locked():
             return
-        async with self._state_turn, self._journal_turn:
+        async with self._dump_turn, self._state_turn, self._journal_turn:
             try:
                 index = min(await self._state_machine.sync(), self._backlog.unneeded())
                 if index >= self.raft.first_index:

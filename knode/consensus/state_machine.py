@@ -31,12 +31,12 @@ class StateMachine(Protocol):
 
     async def sync(self) -> Index:
         """Make all that is applied durable, and return its index: only the log up to it may be
-        forgotten."""
+        forgotten. May wait for a dump to end."""
         ...
 
     async def dump(self, path: Path) -> Index:
         """Write the whole state to a new file, synced; return the index that it stands for. One state
-        at one moment."""
+        at one moment, while entries are applied."""
         ...
 
     async def clear(self) -> None:

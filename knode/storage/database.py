@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -21,6 +22,8 @@ BUSY_TIMEOUT_MS = 1_000
 CACHE_KIB = 8 * 1024
 CHECKPOINT_PAGES = 1_000
 JOURNAL_LIMIT_BYTES = 16 * 1024 * 1024
+VIEW_LOG_PAGES = 16 * 1024
+"""64 MiB: so long the log grows while a view is open; then whoever writes waits for its end."""
 
 # Exclusive locking comes before the journal mode: SQLite then needs no shared memory beside the file.
 _SETUP = """
@@ -42,11 +45,16 @@ class Database:
     never waits for the disk. Make one with `open`.
     """
 
-    def __init__(self, world: World, path: Path, connection: apsw.Connection) -> None:
+    def __init__(self, world: World, path: Path, connection: apsw.Connection, log: _WriteAheadLog) -> None:
         self._world = world
         self._path = path
         self._connection: apsw.Connection | None = connection
+        self._write_ahead = log
         self._turn = trio.Lock()
+        self._view_turn = trio.Lock()
+        """Held while a view is open; taken before `_turn`."""
+        self.waited_for_views = 0
+        """How many writes have waited, since the log had grown too long while a view was open."""
 
     @classmethod
     async def open(
@@ -78,14 +86,15 @@ class Database:
         not begun.
         """
 
+        log = _WriteAheadLog(CHECKPOINT_PAGES if checkpoint_pages is None else checkpoint_pages)
+
         def connect() -> apsw.Connection:
             if not world.disk.exists(path):
                 # SQLite would make it readable for all; its journal takes the mode of the file
                 world.disk.write(path, b"")
-            pages = CHECKPOINT_PAGES if checkpoint_pages is None else checkpoint_pages
-            return _connect(path, world.disk.sqlite_vfs, tuple(migrations), synchronous, pages)
+            return _connect(path, world.disk.sqlite_vfs, tuple(migrations), synchronous, log)
 
-        return cls(world, path, await world.blocking.run(connect))
+        return cls(world, path, await world.blocking.run(connect), log)
 
     async def write(self, work: Callable[[apsw.Connection], T]) -> T:
         """Run `work` in one transaction and return its result, once it is durable.
@@ -100,6 +109,10 @@ class Database:
         Cancelling before the transaction begins leaves nothing; after that the call ends as if it were
         not cancelled.
         """
+        if self._write_ahead.is_kept and self._write_ahead.pages >= VIEW_LOG_PAGES:
+            self.waited_for_views += 1
+            async with self._view_turn:
+                pass
         return await self._run(_transact, work)
 
     async def read(self, work: Callable[[apsw.Connection], T]) -> T:
@@ -115,13 +128,42 @@ class Database:
     async def sync(self) -> None:
         """Make every transaction so far survive a power cut, where `synchronous` is NORMAL.
 
-        SQLite's checkpoint does it: it syncs the log, moves all of it into the file, and syncs that.
+        SQLite's checkpoint does it: it syncs the log, moves all of it into the file, and syncs that. So it
+        waits while a view is open.
 
         Raises:
             KnodeError: DISK_FULL, DISK_READ_ONLY, HOME_DAMAGED; asking again can help.
             trio.ClosedResourceError: the database is closed.
         """
-        await self._run(_look, _checkpoint_all)
+        async with self._view_turn:
+            await self._run(_look, _checkpoint_all)
+
+    @contextlib.asynccontextmanager
+    async def view(self) -> AsyncIterator[View]:
+        """Open a second connection, that sees the state of this moment while others write.
+
+        The file of a database changes only when the log is moved into it. So all of the log is moved, and
+        then none until the view is closed: who reads the file alone sees that state, without any lock. One
+        view is open at a time; who wants another waits.
+
+        Raises:
+            KnodeError: DISK_FULL, DISK_READ_ONLY, HOME_DAMAGED.
+            trio.ClosedResourceError: the database is closed.
+        """
+        async with self._view_turn:
+            await self._run(_look, self._write_ahead.keep)
+            try:
+                with _named_errors(self._path):
+                    connection = await self._world.blocking.run(
+                        partial(_connect_to_view, self._path, self._world.disk.sqlite_vfs)
+                    )
+                try:
+                    yield View(self._world, self._path, connection)
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self._world.blocking.run(connection.close)
+            finally:
+                self._write_ahead.is_kept = False
 
     async def aclose(self) -> None:
         """Wait for the transaction that runs, then close the file; twice is no error.
@@ -129,7 +171,7 @@ class Database:
         When the disk is full or fails, the log stays beside the file, and the next opening reads it.
         """
         with trio.CancelScope(shield=True):
-            async with self._turn:
+            async with self._view_turn, self._turn:
                 connection, self._connection = self._connection, None
                 if connection is not None:
                     await self._world.blocking.run(partial(_close, connection))
@@ -144,6 +186,53 @@ class Database:
                 raise trio.ClosedResourceError(f"{self._path} is closed")
             with _named_errors(self._path):
                 return await self._world.blocking.run(partial(run, self._connection, work))
+
+
+class View:
+    """One state of a database, open to be read; by one reader at a time."""
+
+    def __init__(self, world: World, path: Path, connection: apsw.Connection) -> None:
+        self._world = world
+        self._path = path
+        self.connection = connection
+        """For what `read` runs."""
+
+    async def read(self, work: Callable[[], T]) -> T:
+        """Run `work`, which uses `connection`, outside the loop; return its result.
+
+        Raises:
+            KnodeError: HOME_DAMAGED; and what `work` raises.
+        """
+        with _named_errors(self._path):
+            return await self._world.blocking.run(work)
+
+
+@dataclass
+class _WriteAheadLog:
+    """How long the log is, and whether it may be moved into the file; used by whoever has the turn."""
+
+    most_pages: int
+    pages: int = 0
+    """After the latest commit."""
+    is_kept: bool = False
+    """A view is open."""
+
+    def committed(self, connection: apsw.Connection, name: str, pages: int) -> int:
+        """Move the log into the file when it is long, after a commit.
+
+        The commit stands whatever happens here, so it must not be reported as failed: the next commit
+        tries again, and says it when the disk does not take that.
+        """
+        self.pages = pages
+        if pages >= self.most_pages and not self.is_kept:
+            with contextlib.suppress(apsw.Error):
+                connection.wal_checkpoint(name)
+        return apsw.SQLITE_OK
+
+    def keep(self, connection: apsw.Connection) -> None:
+        """Move all of it into the file, and from now on nothing."""
+        _checkpoint_all(connection)
+        self.pages, self.is_kept = 0, True
 
 
 def _transact(connection: apsw.Connection, work: Callable[[apsw.Connection], T]) -> T:
@@ -170,7 +259,7 @@ def _look(connection: apsw.Connection, work: Callable[[apsw.Connection], T]) -> 
 
 
 def _connect(
-    path: Path, vfs: str | None, migrations: tuple[str, ...], synchronous: str, checkpoint_pages: int
+    path: Path, vfs: str | None, migrations: tuple[str, ...], synchronous: str, log: _WriteAheadLog
 ) -> apsw.Connection:
     with _named_errors(path):
         connection = apsw.Connection(str(path), vfs=vfs)
@@ -180,12 +269,18 @@ def _connect(
                 synchronous=synchronous, cache_kib=CACHE_KIB, journal_limit=JOURNAL_LIMIT_BYTES
             )
             _execute_all(connection, setup)
-            connection.set_wal_hook(partial(_checkpoint, most_pages=checkpoint_pages))
+            connection.set_wal_hook(log.committed)
             _migrate(connection, path, migrations)
         except BaseException:
             _close(connection)
             raise
     return connection
+
+
+def _connect_to_view(path: Path, vfs: str | None) -> apsw.Connection:
+    # Of an immutable file SQLite takes no lock, and does not look at its log.
+    flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+    return apsw.Connection(f"{path.as_uri()}?immutable=1", flags=flags, vfs=vfs)
 
 
 def _close(connection: apsw.Connection) -> None:
@@ -194,21 +289,9 @@ def _close(connection: apsw.Connection) -> None:
         connection.close()
 
 
-def _checkpoint(connection: apsw.Connection, name: str, pages: int, *, most_pages: int) -> int:
-    """Move the log into the file when it is long, after a commit.
-
-    The commit stands whatever happens here, so it must not be reported as failed: the next commit
-    tries again, and says it when the disk does not take that.
-    """
-    if pages >= most_pages:
-        with contextlib.suppress(apsw.Error):
-            connection.wal_checkpoint(name)
-    return apsw.SQLITE_OK
-
-
 def _checkpoint_all(connection: apsw.Connection) -> None:
     pages, moved = connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-    # There is no other connection that could hold it back.
+    # A view takes no lock, so no other connection can hold it back.
     assert pages == moved, "a checkpoint that left something in the log"
 
 

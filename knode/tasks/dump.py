@@ -23,7 +23,7 @@ from knode.errors import Code, KnodeError
 from knode.klp.codec import Decoder, encode
 from knode.tasks.commands import MAX_BUNDLE_BYTES, MAX_OPERATION_BYTES, Hash
 from knode.tasks.records import LedgerTask, Number, Totals
-from knode.tasks.tables import INSERT_TASK, SAVE_TOTALS, TASK_COLUMNS, columns_of, names, task_of
+from knode.tasks.tables import INSERT_TASK, SAVE_TOTALS, TASK_COLUMNS, columns_of, names, read_totals, task_of
 from knode.tasks.values import TaskId
 from knode.world import Disk
 
@@ -99,28 +99,22 @@ _WRITE: dict[type[Record], str] = {
 }
 
 
-def write_dump(connection: apsw.Connection, disk: Disk, path: Path, totals: Totals) -> None:
-    """Write the tables to a new file, synced; when that fails, there is no file."""
-    try:
-        with disk.create(path) as file:
-            digest, waiting, rows = sha256(), bytearray(_HEADER), -1
-            for record in _records(connection, totals):
-                waiting += _framed(record)
-                rows += 1
-                if len(waiting) >= _CHUNK_BYTES:
-                    digest.update(waiting)
-                    file.write(bytes(waiting))
-                    waiting.clear()
+def chunks_of(connection: apsw.Connection) -> Iterator[bytes]:
+    """Give the file for what a connection sees, about a MiB at a time; meanwhile it must see one state."""
+    digest, waiting, rows = sha256(), bytearray(_HEADER), -1
+    for record in _records(connection):
+        waiting += _framed(record)
+        rows += 1
+        if len(waiting) >= _CHUNK_BYTES:
             digest.update(waiting)
-            file.write(bytes(waiting) + _framed(End(rows, digest.digest())))
-            file.sync()
-    except BaseException:
-        disk.remove(path)
-        raise
+            yield bytes(waiting)
+            waiting.clear()
+    digest.update(waiting)
+    yield bytes(waiting) + _framed(End(rows, digest.digest()))
 
 
-def _records(connection: apsw.Connection, totals: Totals) -> Iterator[Record]:
-    yield Begin(totals)
+def _records(connection: apsw.Connection) -> Iterator[Record]:
+    yield Begin(read_totals(connection))
     for kind, query in _READ.items():
         for row in connection.execute(query):
             yield TaskRow(task_of(row[:-2]), *row[-2:]) if kind is TaskRow else kind(*row)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import apsw
+import trio
 
 from knode.consensus.messages import Entry, Index
 from knode.errors import Code, KnodeError
@@ -237,24 +238,34 @@ class LedgerStore:
                 )
 
     async def sync(self) -> Index:
-        """Make all that is applied survive a power cut; return its index."""
+        """Make all that is applied survive a power cut; return its index. Waits for a dump to end."""
         applied = self.applied
         await self._database.sync()
         return applied
 
     async def dump(self, path: Path) -> Index:
-        """Write the whole ledger to a new file, synced; return its index.
+        """Write the whole ledger of this moment to a new file, synced; return its index.
+
+        Entries are applied meanwhile.
 
         Raises:
             KnodeError: DISK_FULL and the like; then there is no file.
+
+        Cancelling leaves no file.
         """
-
-        def write(connection: apsw.Connection) -> Index:
-            totals = tables.read_totals(connection)
-            dump.write_dump(connection, self._world.disk, path, totals)
-            return totals.applied
-
-        return await self._database.read(write)
+        run = self._world.blocking.run
+        async with self._database.view() as view:
+            try:
+                with await run(partial(self._world.disk.create, path)) as file:
+                    chunks = dump.chunks_of(view.connection)
+                    while (chunk := await view.read(partial(next, chunks, None))) is not None:
+                        await run(partial(file.write, chunk))
+                    await run(file.sync)
+                return (await view.read(partial(tables.read_totals, view.connection))).applied
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await run(partial(self._world.disk.remove, path))
+                raise
 
     async def restore(self, path: Path) -> Index:
         """Replace the ledger by that of a file, durably; return its index.

@@ -49,6 +49,10 @@ class ListMachine:
         self._path = path
         self._state = _State(0, [])
         self.batches: list[int] = []
+        self.may_dump = trio.Event()
+        """Replace it to let a dump last until it is set."""
+        self.may_dump.set()
+        self.is_dumping = False
         if world.disk.exists(path):
             self._state = _decoder.decode(world.disk.read(path, limit_bytes=MAX_BYTES))
 
@@ -84,7 +88,8 @@ class ListMachine:
                 file.write(encode(state))
                 file.sync()
 
-        state = self._state
+        state, self.is_dumping = self._state, True
+        await self.may_dump.wait()
         await self._world.blocking.run(partial(write, state))
         return state.applied
 

@@ -170,6 +170,31 @@ async def test_a_lagging_follower_gets_the_whole_state_when_the_log_is_gone(
     assert follower.commands[-1] == "after"
 
 
+async def test_a_leader_applies_and_commits_while_it_dumps_its_state(
+    autojump_clock: MockClock, replicas: ReplicaCell, short_log: None
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    follower = next(node for node in nodes if node is not leader)
+    await replicas.kill(follower)
+    for number in range(60):
+        await leader.propose(f"{number}")
+    leader.machine.may_dump = trio.Event()
+    await replicas.restart(follower)
+    await until(lambda: leader.machine.is_dumping)
+    assert leader.replica.raft is not None
+    first = leader.replica.raft.first_index
+    for number in range(60, 120):
+        await leader.propose(f"{number}")
+    assert len(leader.commands) == 120
+    assert leader.replica.raft.first_index == first, "the log goes on from the state that is being sent"
+    leader.machine.may_dump.set()
+    await replicas.until_equal()
+    await leader.propose("after")
+    raft = leader.replica.raft
+    await until(lambda: raft.first_index > first)
+
+
 async def test_a_follower_with_a_full_disk_stands_still_until_there_is_room(
     autojump_clock: MockClock, replicas: ReplicaCell
 ) -> None:

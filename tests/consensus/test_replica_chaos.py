@@ -125,9 +125,10 @@ class Chaos:
         node.disk.free()  # which may be what a power cut left of it
 
     async def transfer(self, node: ReplicaNode) -> None:
-        if node in self.up and node.replica.is_leader:
+        to = self.dice.choice(self.cell.nodes)
+        if node in self.up and node.replica.is_leader and to.replica.standing is not None:
             try:
-                node.replica.transfer(self.dice.choice(self.cell.nodes).replica_id)
+                node.replica.transfer(to.replica_id)
             except KnodeError as error:
                 assert error.code in (Code.UNAVAILABLE, Code.INVALID_ARGUMENT)  # noqa: PT017
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import apsw
 import pytest
 import trio
+import trio.testing
 
 from knode.errors import Code, KnodeError
 from knode.storage import Database
@@ -249,3 +250,85 @@ async def test_the_log_beside_the_file_stays_short(tmp_path: Path, monkeypatch: 
     assert disk.size(tmp_path / "node.db-wal") < 40 * 4200
     assert disk.size(path) > 100 * 1000
     await database.aclose()
+
+
+async def test_a_view_shows_one_state_while_others_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "CHECKPOINT_PAGES", 4)
+    path = tmp_path / "a b%?#.db"
+    database = await Database.open(real_world(), path, [FIRST], synchronous="NORMAL")
+    await database.write(insert("before"))
+    for turn in range(2):
+        earlier = await database.read(texts)
+        async with database.view() as view:
+            rows = view.connection.execute("SELECT text FROM note ORDER BY id")
+            seen = [await view.read(partial(next, rows))]
+            for number in range(50):
+                await database.write(insert("x" * 1000 + f"{turn} {number}"))
+            seen += await view.read(lambda rows=rows: list(rows))
+            assert [text for (text,) in seen] == earlier
+            assert len(await database.read(texts)) == len(earlier) + 50
+            with pytest.raises(KnodeError) as error:
+                await view.read(lambda: view.connection.execute("DELETE FROM note"))
+            assert error.value.code is Code.DISK_READ_ONLY
+    await database.write(insert("after"))
+    assert real_world().disk.size(path) > 50 * 1000
+    await database.aclose()
+    assert os.listdir(tmp_path) == [path.name]
+
+
+async def test_the_log_is_bounded_while_a_view_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "CHECKPOINT_PAGES", 4)
+    monkeypatch.setattr(database_module, "VIEW_LOG_PAGES", 20)
+    path = tmp_path / "node.db"
+    database = await Database.open(real_world(), path, [FIRST])
+    written = 0
+
+    async def write() -> None:
+        nonlocal written
+        for _ in range(100):
+            await database.write(insert("x" * 1000))
+            written += 1
+
+    async with trio.open_nursery() as nursery, database.view() as view:
+        nursery.start_soon(write)
+        while not database.waited_for_views:
+            await trio.lowlevel.checkpoint()
+        stopped_at = written
+        assert 5 < stopped_at < 20
+        assert real_world().disk.size(tmp_path / "node.db-wal") < 24 * 4200
+        assert len(await database.read(texts)) == stopped_at
+        nursery.start_soon(database.sync)
+        await trio.testing.wait_all_tasks_blocked()
+        assert written == stopped_at
+        assert await view.read(lambda: texts(view.connection)) == []
+    assert (written, database.waited_for_views) == (100, 1)
+    await database.aclose()
+
+
+async def test_closing_and_other_views_wait_for_a_view(tmp_path: Path) -> None:
+    database = await Database.open(real_world(), tmp_path / "node.db", [FIRST])
+    ended: list[str] = []
+
+    async def look() -> None:
+        async with database.view() as view:
+            ended.append(f"second view sees {await view.read(lambda: texts(view.connection))}")
+
+    async def close() -> None:
+        await database.aclose()
+        ended.append("closed")
+
+    async with trio.open_nursery() as nursery, database.view():
+        nursery.start_soon(look)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(close)
+        await database.write(insert("one"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert ended == []
+    assert ended == ["second view sees ['one']", "closed"]
+    with pytest.raises(trio.ClosedResourceError):
+        async with database.view():
+            pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from trio.testing import MockClock
 from knode.consensus.state_machine import StateMachine
 from knode.errors import Code, KnodeError
 from knode.simulation.disk import SimulatedDisk
-from knode.simulation.world import SimulatedClock, SimulatedRandomness
+from knode.simulation.world import SimulatedBlocking, SimulatedClock, SimulatedRandomness
 from knode.tasks.lifecycle import State
 from knode.tasks.records import Change
 from knode.tasks.store import LedgerStore
@@ -184,6 +185,57 @@ async def test_a_dump_restored_elsewhere_is_the_same_ledger() -> None:
         await other.store.dump(DUMP)
         assert other.world.disk.read(DUMP, limit_bytes=2**20) == data
         await other.do(*(step for step in (other.assign(4), other.complete(4))))
+    disk.close()
+
+
+async def test_entries_are_applied_while_a_dump_of_one_moment_is_written(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("knode.tasks.dump._CHUNK_BYTES", 1024)
+    disk = SimulatedDisk()
+    async with cell(disk) as c, cell() as other:
+        await c.do(c.begin(0, FIRST), *(c.submit(n, to=BEN) for n in range(50)))
+        blocking = SimulatedBlocking(SimulatedRandomness(1, "disk"), lambda: (0.01, 0.02))
+        c.store._world = c.store._database._world = replace(c.world, blocking=blocking)
+        totals_at = {c.store.applied: c.store.totals}
+        dumped: list[int] = []
+
+        async def dump() -> None:
+            dumped.append(await c.store.dump(DUMP))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(dump)
+            number = 0
+            while not dumped:
+                await c.do(c.complete(number % 50, operations=(b"x" * 500,)), c.submit(100 + number))
+                totals_at[c.store.applied] = c.store.totals
+                number += 1
+        assert number > 10
+        # The first command may have had its turn before the view was opened.
+        assert dumped[0] in list(totals_at)[:2]
+        other.world.disk.write(DUMP, disk.read(DUMP, limit_bytes=2**20))
+        assert await other.store.restore(DUMP) == dumped[0]
+        assert other.store.totals == totals_at[dumped[0]]
+        assert await c.store.sync() == max(totals_at)
+    disk.close()
+
+
+async def test_a_dump_that_is_cancelled_leaves_no_file_and_holds_nothing_up(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("knode.tasks.dump._CHUNK_BYTES", 1024)
+    disk = SimulatedDisk()
+    async with cell(disk) as c:
+        await c.do(c.begin(0, FIRST), *(c.submit(n, to=BEN) for n in range(50)))
+        blocking = SimulatedBlocking(SimulatedRandomness(1, "disk"), lambda: (0.01, 0.02))
+        c.store._world = c.store._database._world = replace(c.world, blocking=blocking)
+        for after_s in (0.0, 0.02, 0.05, 0.1, 0.15):
+            with trio.move_on_after(after_s) as scope:
+                await c.store.dump(DUMP)
+            assert scope.cancelled_caught
+            assert not disk.exists(DUMP)
+        assert await c.store.sync() == c.store.applied
+        assert await c.store.dump(DUMP) == c.store.applied
     disk.close()
 
 
