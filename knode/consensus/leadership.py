@@ -298,12 +298,6 @@ class Leadership:
             and not progress.is_full(settings.max_in_flight, settings.max_in_flight_bytes)
         ):
             self._send_entries(to, progress)
-        if (
-            progress.feeding is Feeding.REPLICATE
-            and progress.told_commit < log.committed
-            and progress.next > log.last_index
-        ):
-            self._send_append(to, progress, progress.next - 1, ())  # else it goes with the next entries
 
     def _send_entries(self, to: ReplicaId, progress: Progress) -> None:
         previous = progress.next - 1
@@ -323,7 +317,6 @@ class Leadership:
         if previous_term is None:
             self._send_snapshot(to, progress)
             return
-        progress.told_commit = log.committed
         self._send(Append(self._term, self._id, to, previous, previous_term, entries, log.committed))
 
     def _send_snapshot(self, to: ReplicaId, progress: Progress) -> None:
@@ -333,6 +326,13 @@ class Leadership:
             return
         progress.await_snapshot(self._log.snapshot)
         self._send(InstallSnapshot(self._term, self._id, to, self._log.snapshot))
+
+    def _tell_commit(self, to: ReplicaId, progress: Progress) -> None:
+        """Tell a follower at once how far commits go, when no heartbeat of this leader will. All others hear
+        it with the next entries or heartbeat: a message of its own, and its answer, would double what a lone
+        commit costs, and nobody waits for it there, since a read makes its own heartbeats."""
+        if progress.feeding is Feeding.REPLICATE and progress.next > self._log.snapshot.index:
+            self._send_entries(to, progress)
 
     def _look_for_losses(self, to: ReplicaId, progress: Progress) -> None:
         """An append without entries finds out whether what was sent came, when no answer did for a whole
@@ -410,15 +410,10 @@ class Leadership:
         for replica in sorted(everyone - {self._id} - self._followers.keys()):
             self._followers[replica] = Progress(self._log.last_index + 1, self._tick)
         for replica in sorted(self._followers.keys() - everyone):
-            self._say_farewell(replica, self._followers.pop(replica))
+            # Who hears that it has left stands for no election; else nobody listens to it (section 4.2.3).
+            self._tell_commit(replica, self._followers.pop(replica))
         if self.transferring_to not in self._log.configuration.voters:
             self.transferring_to = None
-
-    def _say_farewell(self, replica: ReplicaId, progress: Progress) -> None:
-        """Tell one that has left that this is committed: it then stands for no election. If it does not
-        hear it, nobody listens to it (section 4.2.3)."""
-        if progress.feeding is Feeding.REPLICATE and progress.next > self._log.snapshot.index:
-            self._send_entries(replica, progress)
 
     def _change_may_begin(self) -> bool:
         """One change at a time, and none before the leader knows the last one's fate."""
@@ -450,7 +445,8 @@ class Leadership:
 
     def _hand_over(self) -> None:
         """Tell everyone of the last commit, and let the voter that has most stand for election."""
-        self.replicate()
+        for replica, progress in self._followers.items():
+            self._tell_commit(replica, progress)
         voters = self._log.configuration.voters
         best = max(voters, key=lambda voter: (self._match(voter), voter))
         self._send(TimeoutNow(self._term, self._id, best))

@@ -52,7 +52,6 @@ class Progress:
         "read",
         "snapshot",
         "stalled_at",
-        "told_commit",
     )
 
     def __init__(self, next_index: Index, tick: int) -> None:
@@ -69,8 +68,6 @@ class Progress:
         """The tick of its last answer."""
         self.read = 0
         """The latest read whose heartbeat it answered."""
-        self.told_commit: Index = 0
-        """The commit index it was last sent."""
         self.stalled_at: Index = 0
         """`match` at its last heartbeat: the same again, with something sent, may mean that it was lost."""
         self._in_flight: deque[tuple[Index, int]] = deque()  # last index and bytes of each

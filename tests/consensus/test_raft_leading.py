@@ -202,13 +202,17 @@ def test_what_an_earlier_leader_left_uncommitted_counts() -> None:
         core.raft.propose(b"x")
 
 
-def test_a_commit_is_told_when_there_is_nothing_else_to_say() -> None:
+def test_a_commit_is_told_with_the_next_entry_and_not_by_itself() -> None:
     core = leader()
     core.raft.propose(b"x")
     core.work()
-    told = only(Append, core.accept(B))
-    assert [(message.target, message.entries, message.commit) for message in told] == [(B, (), 2), (C, (), 2)]
     assert core.accept(B) == []
+    core.raft.propose(b"y")
+    told = only(Append, core.work())
+    assert [(message.target, len(message.entries), message.commit) for message in told] == [
+        (B, 1, 2),
+        (C, 1, 2),
+    ]
 
 
 def test_a_heartbeat_promises_no_more_than_the_follower_has() -> None:
