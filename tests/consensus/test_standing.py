@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,11 @@ class Machine:
 
 
 @pytest.fixture
-async def machine() -> Machine:
-    return Machine()
+async def machine() -> AsyncIterator[Machine]:
+    made = Machine()
+    yield made
+    # Left to the garbage collector, the file might be closed only after the disk under it is gone.
+    await made.database.aclose()
 
 
 async def test_each_start_is_counted_and_the_replica_stays_who_it_is(machine: Machine) -> None:
@@ -126,6 +130,7 @@ async def test_a_restored_home_learns_that_it_is_an_old_copy(machine: Machine) -
     assert standing.unfit is not None
     assert "restored from an old copy" in standing.unfit
     assert (await restored.cut_power()).unfit == standing.unfit
+    await restored.database.aclose()
 
 
 async def test_the_same_start_with_another_boot_is_an_old_copy_too(machine: Machine) -> None:
@@ -138,6 +143,7 @@ async def test_the_same_start_with_another_boot_is_an_old_copy_too(machine: Mach
     standing = await restored.open()
     assert standing.start == newest.start
     assert await standing.told(newest.start, newest.boot)
+    await restored.database.aclose()
 
 
 async def test_a_refusal_of_an_earlier_start_means_nothing(machine: Machine) -> None:
