@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from knode.agents.limits import MAX_JSON_DEPTH, is_too_deep
 from knode.errors import Code, KnodeError
 from knode.world import World
 
@@ -104,7 +105,8 @@ def _input_of(value: bytes) -> bytes:
 
 def _check_json(value: bytes) -> None:
     # What is not looked into was only skipped so far.
-    msgspec.json.decode(value)
+    if is_too_deep(msgspec.json.decode(value)):
+        raise ValueError(f"arrays and objects in each other, more than {MAX_JSON_DEPTH} deep")
 
 
 def _read(world: World, path: Path) -> bytes:

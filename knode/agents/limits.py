@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 import msgspec
 
 MEBIBYTE = 1024 * 1024
 MAX_RESULT_BYTES = 192 * 1024
 """The largest result of a task: it travels in one message."""
+MAX_JSON_DEPTH = 32
+"""Of arrays and objects in each other. What a decoder bears differs from one Python to the next."""
 
 Memory = Annotated[int, msgspec.Meta(ge=16 * MEBIBYTE, le=16 * 1024 * MEBIBYTE)]
 Seconds = Annotated[int, msgspec.Meta(ge=1, le=3600)]
@@ -41,3 +44,20 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Files and folders that the attempt may make."""
     output_bytes: OutputBytes = MAX_RESULT_BYTES
     """Bytes on standard output."""
+
+
+def is_too_deep(value: Any) -> bool:
+    """Tell whether arrays and objects of a decoded JSON value lie in each other beyond MAX_JSON_DEPTH."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [part for each in level for part in _parts(each)]
+    return any(isinstance(each, dict | list) for each in level)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    match value:
+        case dict():
+            return value.values()
+        case list():
+            return value
+    return ()

@@ -11,13 +11,12 @@ from typing import Any
 import msgspec
 import trio
 
+from knode.agents.limits import is_too_deep
 from knode.errors import KnodeError
 from knode.tasks.lifecycle import TRANSITIONS, Event, State, event_of
 
 MAX_PROGRESS = 100
 """Reports kept for whoever begins to watch late."""
-MAX_DEPTH = 32
-"""Of a result that is shown as JSON."""
 
 
 @dataclass(eq=False)
@@ -108,7 +107,7 @@ class Task:
 def readable(output: bytes) -> Any:
     """Return an object or array for JSON output, text for text, base64 for the rest.
 
-    JSON that goes deeper than MAX_DEPTH, or that cannot be written again, is text: an agent must not be
+    JSON that goes deeper than MAX_JSON_DEPTH, or that cannot be written again, is text: an agent must not be
     able to make a program that lists tasks stumble.
     """
     try:
@@ -118,18 +117,9 @@ def readable(output: bytes) -> Any:
     if text.lstrip()[:1] in ("{", "["):
         try:
             value = msgspec.json.decode(output)
-            if _depth(value) <= MAX_DEPTH:
+            if not is_too_deep(value):
                 msgspec.json.encode(value)
                 return value
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
             return text
     return text
-
-
-def _depth(value: object) -> int:
-    match value:
-        case dict():
-            return 1 + max(map(_depth, value.values()), default=0)
-        case list():
-            return 1 + max(map(_depth, value), default=0)
-    return 0

@@ -31,6 +31,11 @@ def test_operations_and_tasks_come_in_their_order_as_they_were_written() -> None
     )
 
 
+def test_an_operation_as_deep_as_can_be_is_taken_by_every_python() -> None:
+    deepest = b"[" * 31 + b'{"a":1}' + b"]" * 31
+    assert parse_effects(b'{"operation": ' + deepest + b"}").operations == (deepest,)
+
+
 def test_nothing_is_no_effect() -> None:
     assert parse_effects(b"") == parse_effects(b"\n \n") == NO_EFFECTS
     assert not NO_EFFECTS
@@ -52,7 +57,10 @@ def test_nothing_is_no_effect() -> None:
         b'{"task": {"agent": "kExecutor:x", "input": "x", "on": "desk"}}',
         b'{"operation": "\xff"}',
         b'{"operation": "\\ud800"}',
+        b'{"operation": ' + b"[" * 33 + b"]" * 33 + b"}",
         b'{"operation": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"operation": ' + b'{"a":' * 200000 + b"1" + b"}" * 200000 + b"}",
+        b'{"task": {"agent": "kExecutor:x", "input": ' + b"[" * 33 + b"]" * 33 + b"}}",
         b'{"operation": 1} {"operation": 2}',
     ],
 )
