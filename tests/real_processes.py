@@ -10,7 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from knode.errors import Code, KnodeError
+from knode.testnet.namespaces import Namespaces
 from knode.testnet.processes import daemons_of, end
+from knode.testnet.topology import Topology
 
 PATIENCE_S = 60.0
 
@@ -41,3 +46,13 @@ def until(condition: Callable[[], Any]) -> Any:
 def kill_daemons(*homes: Path) -> None:
     """Kill the daemons of these homes, whatever state they are in."""
     assert end(list(daemons_of(homes)), signal.SIGKILL) == []
+
+
+def namespaces_or_skip(folder: Path, topology: Topology) -> Namespaces:
+    """Start a network in namespaces; where the system allows none, the test is skipped and says why."""
+    try:
+        return Namespaces.start(folder, topology)
+    except KnodeError as error:
+        if error.code is not Code.UNAVAILABLE:
+            raise
+        pytest.skip(str(error))

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from real_processes import kill_daemons, until
+from real_processes import kill_daemons, namespaces_or_skip, until
 
 from knode.errors import Code, KnodeError
 from knode.testnet import Testnet
@@ -72,19 +72,10 @@ def topology_of(document: dict) -> Topology:
     return topology
 
 
-def started(folder: Path, topology: Topology) -> Namespaces:
-    try:
-        return Namespaces.start(folder, topology)
-    except KnodeError as error:
-        if error.code is not Code.UNAVAILABLE:
-            raise
-        pytest.skip(str(error))
-
-
 @pytest.fixture(scope="module")
 def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
     folder = tmp_path_factory.mktemp("town")
-    network = started(folder, topology_of(TOWN))
+    network = namespaces_or_skip(folder, topology_of(TOWN))
     servers = []
     try:
         for node in ("node1", "node2", "node3", "node4"):
@@ -143,7 +134,7 @@ def test_who_is_barred_is_not_heard_until_it_is_no_more(town: Namespaces) -> Non
 
 
 def test_a_network_is_found_by_its_folder_and_ends_with_its_process(tmp_path: Path) -> None:
-    network = started(tmp_path, on_a_lan(2))
+    network = namespaces_or_skip(tmp_path, on_a_lan(2))
     try:
         assert Namespaces.find(tmp_path) == network
         assert Namespaces.find(tmp_path / "other") is None
@@ -155,7 +146,7 @@ def test_a_network_is_found_by_its_folder_and_ends_with_its_process(tmp_path: Pa
 
 
 def test_a_network_that_cannot_be_built_says_why_and_leaves_nothing(tmp_path: Path) -> None:
-    started(tmp_path / "a", on_a_lan(1))
+    namespaces_or_skip(tmp_path / "a", on_a_lan(1))
     Namespaces.stop(tmp_path / "a")
     twice = on_a_lan(2)
     broken = msgspec.structs.replace(
@@ -182,7 +173,7 @@ def test_two_homes_meet_through_the_relay_are_parted_healed_and_leave_nothing(
 ) -> None:
     for variable in ("KNODE_DISCOVERY_MDNS", "KNODE_DISCOVERY_LIBP2P"):
         monkeypatch.delenv(variable, raising=False)  # in here it is the topology that says
-    started(tmp_path, on_a_lan(1))
+    namespaces_or_skip(tmp_path, on_a_lan(1))
     Namespaces.stop(tmp_path)
     folder = tmp_path / "net"
     homes = [folder / f"node{number}" for number in (1, 2, 3)]
