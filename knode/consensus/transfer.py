@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from functools import partial
 from hashlib import sha256
 from itertools import count
@@ -15,6 +16,7 @@ from knode.consensus.envelope import Envelope, Offer
 from knode.consensus.installation import Received
 from knode.consensus.messages import InstallSnapshot, Message, ReplicaId
 from knode.errors import Code, KnodeError
+from knode.mesh.chunks import READ_BYTES, read_chunks, write_chunks
 from knode.mesh.peer import Peer
 from knode.world import Log, Monotonic, World
 
@@ -24,8 +26,6 @@ SENT_AT_ONCE = 2
 AGAIN_S = 1.0
 """How long it waits after a transfer, before the same follower may get another."""
 TRANSFER_S = 300.0
-READ_BYTES = 256 * 1024
-WRITE_BYTES = 1024 * 1024
 
 
 class Transfers:
@@ -119,7 +119,8 @@ class Transfers:
             offer = Offer(self._envelope(whole), size, digest)
             self._log.info("sending the ledger", to=peer.node_id, index=snapshot.index, size_bytes=size)
             deadline = Monotonic(self._world.clock.monotonic() + TRANSFER_S)
-            await peer.request(METHOD, offer, deadline=deadline, chunks=self._read(path, size))
+            async with aclosing(read_chunks(self._world, path, size)) as chunks:
+                await peer.request(METHOD, offer, deadline=deadline, chunks=chunks)
         except KnodeError as error:
             self._log.warning("the ledger did not arrive", to=peer.node_id, why=str(error))
         finally:
@@ -130,34 +131,18 @@ class Transfers:
 
     def _measure(self, path: Path) -> tuple[int, bytes]:
         size, digest = 0, sha256()
-        while chunk := self._world.disk.read_at(path, size, WRITE_BYTES):
+        while chunk := self._world.disk.read_at(path, size, READ_BYTES):
             digest.update(chunk)
             size += len(chunk)
         return size, digest.digest()
 
-    async def _read(self, path: Path, size: int) -> AsyncIterator[bytes]:
-        read_at, offset = self._world.disk.read_at, 0
-        while offset < size:
-            chunk = await self._world.blocking.run(partial(read_at, path, offset, READ_BYTES))
-            offset += len(chunk)
-            yield chunk
-
     async def _write(self, path: Path, offer: Offer, chunks: AsyncIterator[bytes]) -> None:
         """Write what comes to a file, durably."""
         run = self._world.blocking.run
-        digest, left, waiting = sha256(), offer.size, bytearray()
         with await run(partial(self._world.disk.create, path)) as file:
-            async for chunk in chunks:
-                left -= len(chunk)
-                if left < 0:
-                    break
-                waiting += chunk
-                if len(waiting) >= WRITE_BYTES:
-                    await run(partial(_add, file.write, digest.update, bytes(waiting)))
-                    waiting.clear()
-            await run(partial(_add, file.write, digest.update, bytes(waiting)))
-            if left or digest.digest() != offer.hash:
-                raise KnodeError(Code.INVALID_ARGUMENT, "the state is not the one that was announced")
+            digest = await write_chunks(self._world, file, chunks, name="the ledger", size=offer.size)
+            if digest != offer.hash:
+                raise KnodeError(Code.INVALID_ARGUMENT, "the ledger is not the one that was announced")
             await run(file.sync)
 
     async def _remove(self, path: Path) -> None:
@@ -166,8 +151,3 @@ class Transfers:
                 await self._world.blocking.run(partial(self._world.disk.remove, path))
             except KnodeError as error:
                 self._log.warning("a file of a transfer cannot be removed", why=str(error))
-
-
-def _add(write: Callable[[bytes], None], update: Callable[[bytes], None], data: bytes) -> None:
-    update(data)
-    write(data)

@@ -1,8 +1,8 @@
-"""Files of tasks as they arrive: how much of them a node takes, and their way to the disk."""
+"""How much of the files of tasks a node takes."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from knode.errors import Code, KnodeError
@@ -12,8 +12,6 @@ TASKS_WORTH = 16
 """All tasks together may have this many times the bytes of files that one may have."""
 OWNER_SHARE = 2
 """One node's tasks may take up to the half of either, so that no single one shuts out the others."""
-WRITE_BYTES = 1024 * 1024
-"""How much is gathered before it goes to the disk."""
 
 
 @dataclass(eq=False)
@@ -60,29 +58,3 @@ class Share:
         """Give the room of a file back."""
         self.names.remove(name)
         self.reserved_bytes -= size
-
-
-async def gather(name: str, size: int, chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """Give what arrives in pieces that are worth a write, exactly `size` bytes together.
-
-    Raises:
-        KnodeError: INVALID_ARGUMENT when it is more or less than was announced. What was given before is
-            to be thrown away.
-    """
-    waiting, left = bytearray(), size
-    async for chunk in chunks:
-        left -= len(chunk)
-        if left < 0:
-            break
-        waiting += chunk
-        if len(waiting) >= WRITE_BYTES:
-            yield bytes(waiting)
-            waiting.clear()
-    if left:
-        compared = "more" if left < 0 else "fewer"
-        raise KnodeError(
-            Code.INVALID_ARGUMENT,
-            f"{name} has {compared} bytes than the {size} that were announced",
-            "see that nothing changes it, then submit the task again",
-        )
-    yield bytes(waiting)

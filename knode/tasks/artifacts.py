@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,6 @@ import msgspec
 from knode.errors import Code, KnodeError
 from knode.tasks.values import MAX_FILES, FileName
 from knode.world import World
-
-READ_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +42,6 @@ async def open_artifacts(world: World, paths: Sequence[Path]) -> tuple[Artifact,
         size = await world.blocking.run(partial(world.disk.size, path))
         artifacts[name] = Artifact(path, name, size)
     return tuple(artifacts.values())
-
-
-async def read_artifact(world: World, artifact: Artifact) -> AsyncGenerator[bytes, None]:
-    """Give the content of a file, as many bytes as it had when it was opened.
-
-    Raises:
-        KnodeError: NOT_FOUND when it is gone, INVALID_ARGUMENT when it has shrunk.
-    """
-    offset = 0
-    while offset < artifact.size:
-        size = min(READ_BYTES, artifact.size - offset)
-        chunk = await world.blocking.run(partial(world.disk.read_at, artifact.path, offset, size))
-        if not chunk:
-            raise KnodeError(
-                Code.INVALID_ARGUMENT,
-                f"{artifact.path} became smaller while it was sent",
-                "see that nothing changes it, then submit the task again",
-            )
-        offset += len(chunk)
-        yield chunk
 
 
 def _checked_name(path: Path) -> str:

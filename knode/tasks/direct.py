@@ -13,11 +13,12 @@ import trio
 from knode.errors import Code, KnodeError
 from knode.klp.codec import Decoder
 from knode.klp.messages import Context
+from knode.mesh.chunks import read_chunks
 from knode.mesh.member_log import MemberLog
 from knode.mesh.membership import Membership
 from knode.mesh.peers import Peers
 from knode.mesh.roster import Member
-from knode.tasks.artifacts import Artifact, open_artifacts, read_artifact
+from knode.tasks.artifacts import Artifact, open_artifacts
 from knode.tasks.candidates import Candidates
 from knode.tasks.messages import NO_FRACTION, Ran, Report, Run, Stage
 from knode.tasks.places import expired
@@ -221,7 +222,7 @@ class DirectTasks:
     async def _send_file(self, assignment: _Assignment, artifact: Artifact) -> None:
         stage = Stage(assignment.number, artifact.name, artifact.size)
         member = assignment.member
-        async with aclosing(read_artifact(self._world, artifact)) as chunks:
+        async with aclosing(read_chunks(self._world, artifact.path, artifact.size)) as chunks:
             if member.key == self._membership.key.public:
                 await self._worker.stage(member.key, stage, chunks)
             else:

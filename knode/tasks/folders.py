@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import trio
 
 from knode.errors import Code, KnodeError
-from knode.tasks.arriving import OWNER_SHARE, Share, gather
+from knode.mesh.chunks import write_chunks
+from knode.tasks.arriving import OWNER_SHARE, Share
 from knode.tasks.messages import Stage
 from knode.world import Log, World
 
@@ -128,9 +129,7 @@ class Folders:
         folder.is_made = True
         await run(partial(disk.make_folder, path))
         with await run(partial(disk.create, path / stage.name)) as file:
-            async with aclosing(gather(stage.name, stage.size, chunks)) as pieces:
-                async for piece in pieces:
-                    await run(partial(file.write, piece))
+            await write_chunks(self._world, file, chunks, name=stage.name, size=stage.size)
 
     async def _drop(self, task: bytes) -> None:
         """Forget a task's folder and remove it; what cannot be removed now is at the node's next start."""

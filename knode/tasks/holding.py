@@ -6,7 +6,6 @@ What has no such mark is removed at the next start.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -20,14 +19,14 @@ import trio
 
 from knode.errors import Code, KnodeError
 from knode.klp.codec import Decoder, encode
-from knode.tasks.arriving import OWNER_SHARE, Share, gather
+from knode.mesh.chunks import read_chunks, write_chunks
+from knode.tasks.arriving import OWNER_SHARE, Share
 from knode.tasks.commands import File, MemberId
 from knode.tasks.values import Size
 from knode.world import Log, World, WritableFile
 
 HELD_TASKS = 1024
 """Tasks whose files are held at once; one member's are half of them at most."""
-READ_BYTES = 256 * 1024
 MARK = ".whole"
 _MARK_BYTES = 256
 _TASK = re.compile(r"[0-9a-f]{32}")
@@ -164,12 +163,10 @@ class Holding:
         held = self._tasks[task]
         held.users += 1
         try:
-            path, offset = self._path / task.hex() / file.hash.hex(), 0
-            while chunk := await self._world.blocking.run(
-                partial(self._world.disk.read_at, path, offset, READ_BYTES)
-            ):
-                offset += len(chunk)
-                yield chunk
+            path = self._path / task.hex() / file.hash.hex()
+            async with aclosing(read_chunks(self._world, path, file.size)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         finally:
             held.users -= 1
 
@@ -276,18 +273,10 @@ async def write_checked(
         KnodeError: INVALID_ARGUMENT when it is not `file`; DISK_FULL, DISK_READ_ONLY. Then what was written
             is to be removed.
     """
-    digest = hashlib.sha256()
-
-    def write(piece: bytes) -> None:
-        digest.update(piece)
-        written.write(piece)
-
-    async with aclosing(gather(file.name, file.size, chunks)) as pieces:
-        async for piece in pieces:
-            await world.blocking.run(partial(write, piece))
-    if digest.digest() != file.hash:
+    digest = await write_chunks(world, written, chunks, name=file.name, size=file.size)
+    if digest != file.hash:
         raise KnodeError(
             Code.INVALID_ARGUMENT,
             f"{file.name} is not what was announced: its hash differs",
-            "see that nothing changes it, then submit the task again",
+            "see that nothing changes it, then send it again",
         )

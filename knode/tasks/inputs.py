@@ -19,12 +19,13 @@ from pathlib import Path
 import trio
 
 from knode.errors import Code, KnodeError
+from knode.mesh.chunks import read_chunks
 from knode.mesh.liveness import PeerState
 from knode.mesh.membership import Membership
 from knode.mesh.methods import Call, Methods
 from knode.mesh.peers import Peers
 from knode.mesh.roster import Member
-from knode.tasks.artifacts import Artifact, open_artifacts, read_artifact
+from knode.tasks.artifacts import Artifact, open_artifacts
 from knode.tasks.commands import File
 from knode.tasks.holding import Holding, write_checked
 from knode.tasks.messages import AssignAttempt, HoldFile, SendFile
@@ -165,11 +166,11 @@ class Inputs:
 
     async def _keep_here(self, task: bytes, artifact: Artifact) -> File:
         digest = hashlib.sha256()
-        async with aclosing(read_artifact(self._world, artifact)) as chunks:
+        async with aclosing(read_chunks(self._world, artifact.path, artifact.size)) as chunks:
             async for chunk in chunks:
                 digest.update(chunk)
         file = File(artifact.name, artifact.size, digest.digest())
-        async with aclosing(read_artifact(self._world, artifact)) as chunks:
+        async with aclosing(read_chunks(self._world, artifact.path, artifact.size)) as chunks:
             await self._holding.keep(self._membership.own.id.raw, task, file, chunks)
         return file
 

@@ -16,9 +16,9 @@ from trio.testing import MockClock
 from knode.errors import Code, KnodeError
 from knode.home.logging import log_to
 from knode.klp.codec import Decoder, encode
+from knode.mesh import chunks
 from knode.simulation.disk import SimulatedDisk
 from knode.simulation.world import SimulatedClock
-from knode.tasks import arriving
 from knode.tasks.arriving import OWNER_SHARE, TASKS_WORTH
 from knode.tasks.folders import WAIT_S, WAITING_TASKS, Folders
 from knode.tasks.messages import Run, Stage
@@ -306,7 +306,7 @@ async def test_what_is_announced_counts_before_it_arrives(kept: Kept) -> None:
 
 
 async def test_a_full_disk_is_named_and_nothing_stays(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arriving, "WRITE_BYTES", 2000)
+    monkeypatch.setattr(chunks, "WRITE_BYTES", 2000)
     for room in (0, 1500, 6000):
         kept.disk.free(room)
         await kept.refused(Code.DISK_FULL, bytes(9000))

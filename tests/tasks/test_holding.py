@@ -13,9 +13,10 @@ from trio.testing import MockClock
 
 from knode.errors import Code, KnodeError
 from knode.home.logging import log_to
+from knode.mesh import chunks
 from knode.simulation.disk import SimulatedDisk
 from knode.simulation.world import SimulatedClock
-from knode.tasks import arriving, holding
+from knode.tasks import holding
 from knode.tasks.arriving import OWNER_SHARE, TASKS_WORTH
 from knode.tasks.commands import File
 from knode.tasks.holding import Holding
@@ -162,7 +163,7 @@ async def test_a_cancelled_arrival_leaves_nothing_and_can_be_repeated(autojump_c
 
 
 async def test_a_full_disk_is_named_and_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arriving, "WRITE_BYTES", 1000)
+    monkeypatch.setattr(chunks, "WRITE_BYTES", 1000)
     disk = new_disk()
     held = await holding_on(disk)
     disk.free(2500)
@@ -190,7 +191,7 @@ async def test_a_file_whose_size_changed_on_the_disk_and_strange_names_are_remov
 async def test_a_power_cut_at_any_point_leaves_files_whole_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(arriving, "WRITE_BYTES", 1000)
+    monkeypatch.setattr(chunks, "WRITE_BYTES", 1000)
     disk = new_disk()
     contents = [bytes([number]) * 2500 for number in range(4)]
     acknowledged = 0
