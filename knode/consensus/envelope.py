@@ -11,7 +11,9 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from knode.consensus.messages import Message, ReplicaId
-from knode.klp.codec import Decoder
+from knode.identity import KeyPair, PublicKey
+from knode.klp.codec import Decoder, encode
+from knode.klp.objects import SIGNATURE_BYTES, Domain, open_signed, signature
 
 TOPIC = "consensus.message"
 REFUSED_TOPIC = "consensus.refused"
@@ -19,6 +21,28 @@ REFUSED_TOPIC = "consensus.refused"
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Start = Annotated[int, Meta(ge=0, le=2**53)]
 Boot = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Proof = Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
+"""The signature of a replica's member over a `Started`: nobody else can say that there was this start."""
+
+
+class Started(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """That a replica speaks from this start of its node."""
+
+    replica: ReplicaId
+    start: Start
+    boot: Boot
+
+    def prove(self, key: KeyPair) -> bytes:
+        """Return the proof of it, for the member that has this key."""
+        return signature(key, Domain.REPLICA, encode(self))
+
+    def check(self, key: PublicKey, proof: bytes) -> None:
+        """Check a proof of it.
+
+        Raises:
+            KnodeError: BAD_SIGNATURE when this key has not signed it.
+        """
+        open_signed(key, Domain.REPLICA, proof + encode(self))
 
 
 class Envelope(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -29,6 +53,8 @@ class Envelope(Struct, array_like=True, frozen=True, forbid_unknown_fields=True)
     """How often its sender's home was opened."""
     boot: Boot
     """Of its sender's process."""
+    proof: Proof
+    """Of both, kept by whoever first takes a message with them."""
     message: Message
 
 
@@ -44,11 +70,16 @@ class Offer(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
 
 
 class Refused(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """Its sender takes nothing from `replica` any more: it has been shown (`start`, `boot`)."""
+    """Its sender takes nothing from `replica` any more: it has been shown (`start`, `boot`).
+
+    It is taken on proof, not on trust: else one member could stop every replica of its cell.
+    """
 
     replica: ReplicaId
     start: Start
     boot: Boot
+    proof: Proof
+    """With which the replica itself showed it."""
 
 
 class Asked(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):

@@ -16,6 +16,7 @@ from knode.consensus.envelope import (
     Envelope,
     Offer,
     Refused,
+    Started,
     envelopes,
     refusals,
 )
@@ -108,28 +109,39 @@ class Post:
             case True:
                 self._driver.receive(message, len(body))
             case None:
+                Started(message.source, envelope.start, envelope.boot).check(key, envelope.proof)
                 self._queue(envelope)
             case False:
                 self._refuse(key, message.source)
 
     def take_refusal(self, key: PublicKey, body: bytes) -> None:
-        """Take a peer's word that it has seen a later start of this home than this one."""
+        """Take a peer's proof that it has seen a later start of this home than this one.
+
+        Raises:
+            KnodeError: BAD_SIGNATURE: it is none; it ends the session.
+        """
         refused = refusals.decode(body)
-        if refused.replica == self._standing.replica_id and self._is_heard(key):
+        if refused.replica == self._standing.replica_id and refused.start >= self._standing.start:
+            own = self._membership.key.public
+            Started(refused.replica, refused.start, refused.boot).check(own, refused.proof)
             self._queue(refused)
 
     async def take_state(self, call: Call, offer: Offer) -> None:
         """Take a whole state that comes on a request's stream; see `Transfers.receive`.
 
         Raises:
-            KnodeError: NOT_ALLOWED when it does not count; INVALID_ARGUMENT; or as `Transfers.receive`.
+            KnodeError: NOT_ALLOWED when it does not count; INVALID_ARGUMENT, BAD_SIGNATURE; or as
+                `Transfers.receive`.
         """
         envelope = offer.envelope
         message = envelope.message
         if call.stream is None or not isinstance(message, InstallSnapshot):
             raise KnodeError(Code.INVALID_ARGUMENT, "a state comes on a stream, with its snapshot")
-        counts = self._counts(call.caller, envelope)
-        if not counts or not await self._standing.note(message.source, envelope.start, envelope.boot):
+        if not self._counts(call.caller, envelope):
+            raise not_taken()
+        shown = Started(message.source, envelope.start, envelope.boot)
+        shown.check(call.caller, envelope.proof)
+        if not await self._standing.note(shown.replica, shown.start, shown.boot, envelope.proof):
             raise not_taken()
         await self._transfers.receive(offer, message, aiter(call.stream))
 
@@ -141,7 +153,7 @@ class Post:
 
     def _envelope(self, message: Message) -> Envelope:
         standing = self._standing
-        return Envelope(standing.incarnation.hash, standing.start, standing.boot, message)
+        return Envelope(standing.incarnation.hash, standing.start, standing.boot, standing.proof, message)
 
     def _peer_of(self, replica: ReplicaId) -> Peer | None:
         member = self._membership.roster.holders.get(member_of(replica))
@@ -197,7 +209,7 @@ class Post:
         """Let a message in once what its sender has shown is durable; end when this home is an old copy."""
         match item:
             case Envelope(message=message):
-                if await self._standing.note(message.source, item.start, item.boot):
+                if await self._standing.note(message.source, item.start, item.boot, item.proof):
                     self._driver.receive(message, len(encode(message)))
             case Refused(start=start, boot=boot):
                 if await self._standing.told(start, boot):
@@ -207,7 +219,7 @@ class Post:
         """Drop it, and tell its sender, once a second, what it is refused for."""
         self._dropped["refused"] += 1
         shown, now = self._standing.shown(source), self._world.clock.monotonic()
-        if shown is None or now < self._tell_at.get(key.raw, now):
+        if shown is None or not shown.proof or now < self._tell_at.get(key.raw, now):
             return
         self._tell_at[key.raw] = now + TOLD_AGAIN_S
         self._member_log.warning("an old copy of a replica is refused", peer=key.node_id)

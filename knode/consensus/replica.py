@@ -427,6 +427,7 @@ class Replica:
                 self._world,
                 self._database,
                 member=own.id.raw,
+                key=self._membership.key,
                 boot=self._peers.boot,
                 incarnation=present,
                 founds=roster.is_founder(own) and present.number == 0,

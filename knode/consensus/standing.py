@@ -6,7 +6,8 @@ that counts it may forget what was acknowledged. So:
 
 - Each start raises a counter, durably, before anything is sent. Who receives a message first makes durable
   which (start, boot) its sender has shown, then counts it. A lower start, or the same with another boot, is
-  an old copy: it is refused, and told so.
+  an old copy: it is refused, and told so, with its member's own signature over what it showed before. So no
+  other member can make a replica unfit, and one that was shown suffices: perhaps only one was.
 - A replica that is unfit never speaks again. Its node removes log and ledger, draws another replica id and
   begins with nothing, as a learner.
 
@@ -18,13 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 import trio
 
+from knode.consensus.envelope import Started
 from knode.consensus.messages import ReplicaId
 from knode.consensus.voters import MEMBER_BYTES, member_of
+from knode.identity import KeyPair
 from knode.mesh.incarnations import Incarnation
 from knode.storage import Database
 from knode.world import World
@@ -53,6 +56,8 @@ CREATE TABLE shown (
 );
 """,
 )
+PROOF_MIGRATIONS = ("ALTER TABLE shown ADD COLUMN proof BLOB NOT NULL DEFAULT x'';",)
+"""Later ones, which have their own place among those of the node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,14 @@ class _Row:
     unfit: str | None
 
 
+class Shown(NamedTuple):
+    """What a replica has shown here."""
+
+    start: int
+    boot: bytes
+    proof: bytes
+
+
 class Standing:
     """This node's replica, and what every other has shown. Make one with `open`."""
 
@@ -74,15 +87,19 @@ class Standing:
         database: Database,
         boot: bytes,
         row: _Row,
-        shown: dict[ReplicaId, tuple[int, bytes]],
+        shown: dict[ReplicaId, Shown],
+        key: KeyPair,
     ) -> None:
         self.boot = boot
+        self._key = key
         self._world = world
         self._database = database
         self._row = row
         self._shown = shown
         self._turn = trio.Lock()
         self._unfit: str | None = row.unfit
+        self.proof = self._prove()
+        """That this replica speaks from this start, for whoever takes a message of it."""
 
     @classmethod
     async def open(
@@ -91,6 +108,7 @@ class Standing:
         database: Database,
         *,
         member: bytes,
+        key: KeyPair,
         boot: bytes,
         incarnation: Incarnation,
         founds: bool,
@@ -99,8 +117,9 @@ class Standing:
 
         Args:
             world: its randomness is used.
-            database: the node's, with `MIGRATIONS`.
+            database: the node's, with `MIGRATIONS` and `PROOF_MIGRATIONS`.
             member: raw id of this node as a member, 32 bytes.
+            key: its present key.
             boot: 16 bytes that no other start of this node has.
             incarnation: of the cell, now; counts the first time.
             founds: whether this member founded the cell, so that its first replica begins the log; counts
@@ -115,10 +134,10 @@ class Standing:
             found = _read(connection) or fresh
             row = replace(found, start=found.start + 1)
             _write(connection, row)
-            return row, connection.execute("SELECT replica, start, boot FROM shown").fetchall()
+            return row, connection.execute("SELECT replica, start, boot, proof FROM shown").fetchall()
 
         row, shown = await database.write(write)
-        return cls(world, database, boot, row, {replica: (start, at) for replica, start, at in shown})
+        return cls(world, database, boot, row, {replica: Shown(*rest) for replica, *rest in shown}, key)
 
     @property
     def replica_id(self) -> ReplicaId:
@@ -150,19 +169,19 @@ class Standing:
         """Why this replica neither votes nor acknowledges; None: it may."""
         return self._unfit
 
-    def shown(self, source: ReplicaId) -> tuple[int, bytes] | None:
-        """Return the highest (start, boot) of another replica that is recorded."""
+    def shown(self, source: ReplicaId) -> Shown | None:
+        """Return the highest start of another replica that is recorded."""
         return self._shown.get(source)
 
     def admits(self, source: ReplicaId, start: int, boot: bytes) -> bool | None:
         """Tell whether a message of this replica counts; None: `note` must record first what it shows."""
         shown = self._shown.get(source)
-        if shown is None or start > shown[0]:
+        if shown is None or start > shown.start:
             return None
-        return shown == (start, boot)
+        return (shown.start, shown.boot) == (start, boot)
 
-    async def note(self, source: ReplicaId, start: int, boot: bytes) -> bool:
-        """Record durably what a replica shows, then tell whether its messages count.
+    async def note(self, source: ReplicaId, start: int, boot: bytes, proof: bytes) -> bool:
+        """Record durably what a replica shows and has proved, then tell whether its messages count.
 
         Raises:
             KnodeError: DISK_FULL, DISK_READ_ONLY, HOME_DAMAGED; nothing was recorded: drop the message.
@@ -178,17 +197,18 @@ class Standing:
                 connection.executemany("DELETE FROM shown WHERE replica = ?", [(r,) for r in surplus])
                 connection.execute("DELETE FROM shown WHERE replica = ?", (source,))
                 connection.execute(
-                    "INSERT INTO shown (replica, start, boot) VALUES (?, ?, ?)", (source, start, boot)
+                    "INSERT INTO shown (replica, start, boot, proof) VALUES (?, ?, ?, ?)",
+                    (source, start, boot, proof),
                 )
 
             await self._database.write(write)
             for replica in (*surplus, source):
                 self._shown.pop(replica, None)
-            self._shown[source] = (start, boot)
+            self._shown[source] = Shown(start, boot, proof)
             return True
 
     async def told(self, start: int, boot: bytes) -> bool:
-        """Take in that a voter refuses this replica, since it has shown that voter (`start`, `boot`).
+        """Take in that this replica is refused, since it has shown, as it proved, (`start`, `boot`).
 
         Returns:
             Whether that makes it unfit: this home is an old copy. Otherwise the word is old.
@@ -224,10 +244,14 @@ class Standing:
         fresh = _new_row(self._world, member_of(self.replica_id), incarnation, founds=False)
         await self._change(lambda row: replace(fresh, start=row.start))
         self._unfit = None
+        self.proof = self._prove()
 
     async def survive(self, incarnation: Incarnation) -> None:
         """Be of `incarnation` from now on, as the replica whose log it goes on with. Raises as `note`."""
         await self._change(lambda row: replace(row, incarnation=incarnation))
+
+    def _prove(self) -> bytes:
+        return Started(self.replica_id, self.start, self.boot).prove(self._key)
 
     async def _change(self, change: Callable[[_Row], _Row]) -> None:
         async with self._turn:

@@ -26,6 +26,7 @@ class Domain(StrEnum):
     NODE = "node"
     MANIFEST = "manifest"
     ROTATE = "rotate"
+    REPLICA = "replica"
 
 
 _PREFIXES = {domain: b"KLP/1/" + domain.encode() + b"\0" for domain in Domain}

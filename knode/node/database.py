@@ -13,7 +13,12 @@ from knode.tasks.store import LedgerStore
 from knode.world import Log, World
 
 # In the order in which they came to be; what is new goes to the end, whichever room it is of.
-MIGRATIONS = (*membership.MIGRATIONS, *standing.MIGRATIONS, *outbox.MIGRATIONS)
+MIGRATIONS = (
+    *membership.MIGRATIONS,
+    *standing.MIGRATIONS,
+    *outbox.MIGRATIONS,
+    *standing.PROOF_MIGRATIONS,
+)
 
 
 async def open_ledger(world: World, home: Home, database: Database, log: Log) -> LedgerStore:

@@ -153,7 +153,8 @@ class ReplicaNode(MeshNode):
         """Put a message of the test's making under this node's name."""
         standing = self.replica.standing
         assert standing is not None
-        return Envelope(incarnation or standing.incarnation.hash, standing.start, standing.boot, message)
+        hash = incarnation or standing.incarnation.hash
+        return Envelope(hash, standing.start, standing.boot, standing.proof, message)
 
     def speak(self, to: ReplicaNode, message: Message, *, incarnation: bytes | None = None) -> None:
         body = encode(self.envelope(message, incarnation=incarnation))

@@ -8,11 +8,11 @@ import msgspec
 import pytest
 import trio
 from mesh_cell import refused
-from replica_cell import FILES, ReplicaCell, replicas, until
+from replica_cell import FILES, ReplicaCell, ReplicaNode, replicas, until
 from trio.testing import MockClock
 
 from knode.consensus.driver import INBOX_MESSAGES
-from knode.consensus.envelope import REFUSED_TOPIC, TOPIC, Offer, Refused
+from knode.consensus.envelope import REFUSED_TOPIC, TOPIC, Offer, Refused, Started
 from knode.consensus.messages import (
     Append,
     Configuration,
@@ -92,15 +92,81 @@ async def test_a_member_whose_role_does_not_vote_can_neither_lead_nor_disturb(
         header = (term + 5, observer.replica_id, node.replica_id, index, term)
         observer.speak(node, Append(*header, (forged,), index + 1))
         observer.speak(node, Vote(*header, True))
-    standing = leader.replica.standing
-    assert standing is not None
-    old_copy = Refused(leader.replica_id, standing.start + 1, bytes(16))
-    observer.peer(leader).send_event(REFUSED_TOPIC, encode(old_copy), Context())
     await until(lambda: all(node.replica.dropped["no voting role"] == 2 for node in nodes))
     await trio.sleep(3)
     assert leader.replica.term == term
     assert leader.replica.is_leader
+
+
+async def until_disproved(node: ReplicaNode, times: int) -> None:
+    await until(lambda: node.peers.refusals.get(Code.BAD_SIGNATURE) == times)
+
+
+async def test_no_member_can_make_the_replica_of_another_unfit(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    """Nor can all others together: it takes a proof that only its own node can have given."""
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    standing = leader.replica.standing
+    assert standing is not None
+    later = Started(leader.replica_id, standing.start + 1, bytes(16))
+    former = Started(leader.replica_id[:32] + bytes(8), standing.start + 1, bytes(16))
+    liars = [node for node in nodes if node is not leader]
+    said = 0
+    for liar in liars:
+        for proof in (bytes(64), standing.proof, later.prove(liar.key), former.prove(leader.key)):
+            refusal = Refused(later.replica, later.start, later.boot, proof)
+            liar.peer(leader).send_event(REFUSED_TOPIC, encode(refusal), Context())
+            said += 1
+            await until_disproved(leader, said)
+            await replicas.connected()
     assert standing.unfit is None
+    assert leader.replica.standing is standing
+    leading = await replicas.leader()
+    await leading.propose("one")
+    await replicas.until_equal()
+
+
+async def test_one_proof_suffices(autojump_clock: MockClock, replicas: ReplicaCell) -> None:
+    """Perhaps nobody else was shown the later start."""
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    copy = next(node for node in nodes if node is not leader)
+    other = next(node for node in nodes if node not in (leader, copy))
+    standing = copy.replica.standing
+    assert standing is not None
+    earlier = Refused(copy.replica_id, standing.start, standing.boot, standing.proof)
+    other.peer(copy).send_event(REFUSED_TOPIC, encode(earlier), Context())
+    await trio.sleep(2)
+    assert standing.unfit is None
+    later = Started(copy.replica_id, standing.start, bytes(16))
+    refusal = Refused(later.replica, later.start, later.boot, later.prove(copy.key))
+    other.peer(copy).send_event(REFUSED_TOPIC, encode(refusal), Context())
+    await until(lambda: standing.unfit is not None)
+
+
+async def test_a_start_without_proof_is_not_recorded(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    liar = next(node for node in nodes if node is not leader)
+    standing = leader.replica.standing
+    assert standing is not None
+    before = standing.shown(liar.replica_id)
+    assert before is not None
+    beat = HeartbeatReply(leader.replica.term, liar.replica_id, leader.replica_id, 0)
+    envelope = msgspec.structs.replace(liar.envelope(beat), start=before.start + 1)
+    liar.peer(leader).send_event(TOPIC, encode(envelope), Context())
+    await until_disproved(leader, 1)
+    assert standing.shown(liar.replica_id) == before
+    snapshot = Snapshot(1000, leader.replica.term, Configuration((leader.replica_id,)))
+    message = InstallSnapshot(leader.replica.term, liar.replica_id, leader.replica_id, snapshot)
+    offered = msgspec.structs.replace(liar.envelope(message), start=before.start + 1)
+    await replicas.connected()
+    await refused(Code.BAD_SIGNATURE, liar.offer, leader, Offer(offered, 0, bytes(32)), b"")
+    assert standing.shown(liar.replica_id) == before
 
 
 async def test_a_state_that_is_not_what_was_announced_changes_nothing(

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from memory_cell import Inline, Seeded
 
-from knode.consensus.standing import MAX_REPLICAS_OF_A_MEMBER, MIGRATIONS, Standing
+from knode.consensus.standing import MAX_REPLICAS_OF_A_MEMBER, MIGRATIONS, PROOF_MIGRATIONS, Standing
 from knode.errors import Code, KnodeError
+from knode.identity import KeyPair
 from knode.mesh.incarnations import Incarnation
 from knode.simulation.disk import SimulatedDisk
 from knode.simulation.world import SimulatedClock
@@ -20,6 +21,8 @@ from knode.world import World
 PATH = Path("/state/node.db")
 OWN, OTHER = bytes(31) + b"a", bytes(31) + b"b" + bytes(8)
 FIRST = Incarnation(0, bytes(32))
+KEY = KeyPair(bytes(32))
+PROOF = bytes(64)
 
 
 class Machine:
@@ -33,10 +36,10 @@ class Machine:
     async def open(self, *, founds: bool = False) -> Standing:
         self.opened += 1
         world = World(SimulatedClock(), Seeded(f"start {self.opened}"), self.disk, Inline())
-        self.database = await Database.open(world, PATH, MIGRATIONS)
+        self.database = await Database.open(world, PATH, (*MIGRATIONS, *PROOF_MIGRATIONS))
         self.boot = world.randomness.token(16)
         return await Standing.open(
-            world, self.database, member=OWN, boot=self.boot, incarnation=FIRST, founds=founds
+            world, self.database, member=OWN, key=KEY, boot=self.boot, incarnation=FIRST, founds=founds
         )
 
     async def reopen(self) -> Standing:
@@ -77,7 +80,7 @@ async def test_a_start_that_cannot_be_counted_is_none(machine: Machine) -> None:
 async def test_what_another_shows_counts_only_once_it_is_durable(machine: Machine) -> None:
     standing = await machine.open()
     assert standing.admits(OTHER, 5, b"boot") is None
-    assert await standing.note(OTHER, 5, b"boot")
+    assert await standing.note(OTHER, 5, b"boot", PROOF)
     assert standing.admits(OTHER, 5, b"boot") is True
     again = await machine.cut_power()
     assert again.admits(OTHER, 5, b"boot") is True
@@ -85,30 +88,30 @@ async def test_what_another_shows_counts_only_once_it_is_durable(machine: Machin
 
 async def test_an_older_start_and_the_same_with_another_boot_are_refused(machine: Machine) -> None:
     standing = await machine.open()
-    await standing.note(OTHER, 5, b"boot")
+    await standing.note(OTHER, 5, b"boot", PROOF)
     assert standing.admits(OTHER, 4, b"older") is False
     assert standing.admits(OTHER, 5, b"other") is False
-    assert not await standing.note(OTHER, 5, b"other")
-    assert await standing.note(OTHER, 6, b"next")
+    assert not await standing.note(OTHER, 5, b"other", PROOF)
+    assert await standing.note(OTHER, 6, b"next", PROOF)
     assert standing.admits(OTHER, 5, b"boot") is False
-    assert standing.shown(OTHER) == (6, b"next")
+    assert standing.shown(OTHER) == (6, b"next", PROOF)
 
 
 async def test_what_the_disk_does_not_take_does_not_count(machine: Machine) -> None:
     standing = await machine.open()
     machine.disk.read_only = True
     with pytest.raises(KnodeError):
-        await standing.note(OTHER, 5, b"boot")
+        await standing.note(OTHER, 5, b"boot", PROOF)
     assert standing.admits(OTHER, 5, b"boot") is None
     machine.disk.read_only = False
-    assert await standing.note(OTHER, 5, b"boot")
+    assert await standing.note(OTHER, 5, b"boot", PROOF)
 
 
 async def test_of_one_member_the_latest_replicas_are_remembered(machine: Machine) -> None:
     standing = await machine.open()
     replicas = [OTHER[:32] + bytes([n]) * 8 for n in range(MAX_REPLICAS_OF_A_MEMBER + 3)]
     for replica in replicas:
-        assert await standing.note(replica, 1, b"boot")
+        assert await standing.note(replica, 1, b"boot", PROOF)
     again = await machine.reopen()
     assert [r for r in replicas if again.shown(r) is not None] == replicas[-MAX_REPLICAS_OF_A_MEMBER:]
     assert all(again.shown(r) == standing.shown(r) for r in replicas)
