@@ -10,7 +10,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from knode.consensus.messages import Message, ReplicaId
+from knode.consensus.messages import Index, Message, ReplicaId
 from knode.identity import KeyPair, PublicKey
 from knode.klp.codec import Decoder, encode
 from knode.klp.objects import SIGNATURE_BYTES, Domain, open_signed, signature
@@ -91,7 +91,7 @@ class Asked(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
 class Readable(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """A state in which `index` is applied shows all that was committed when it was asked."""
 
-    index: Annotated[int, Meta(ge=0)]
+    index: Index
 
 
 class Leading(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):

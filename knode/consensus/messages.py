@@ -19,8 +19,10 @@ MAX_ENTRIES = 1024
 ReplicaId = Annotated[bytes, Meta(min_length=1, max_length=48)]
 """One replica for as long as its disk keeps its promises: the member's id (32 bytes), then 8 random
 bytes that are drawn anew when the replica begins with an empty log. To the core it is opaque."""
-Term = Annotated[int, Meta(ge=0)]
-Index = Annotated[int, Meta(ge=0)]
+MOST = 2**62
+"""No term, index or number of a read is greater: with room above it, also in SQLite."""
+Term = Annotated[int, Meta(ge=0, le=MOST)]
+Index = Annotated[int, Meta(ge=0, le=MOST)]
 """Position in the log; the first entry has 1."""
 
 
@@ -158,7 +160,7 @@ class Heartbeat(Struct, array_like=True, frozen=True, gc=False, forbid_unknown_f
     source: ReplicaId
     target: ReplicaId
     commit: Index
-    read: Annotated[int, Meta(ge=0)]
+    read: Annotated[int, Meta(ge=0, le=MOST)]
 
 
 class HeartbeatReply(Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fields=True, tag=8):
@@ -167,7 +169,7 @@ class HeartbeatReply(Struct, array_like=True, frozen=True, gc=False, forbid_unkn
     term: Term
     source: ReplicaId
     target: ReplicaId
-    read: Annotated[int, Meta(ge=0)]
+    read: Annotated[int, Meta(ge=0, le=MOST)]
 
 
 class InstallSnapshot(Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fields=True, tag=9):

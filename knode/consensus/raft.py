@@ -13,6 +13,7 @@ and switched off to see a test fail:
 | no vote for a log that lacks what may be committed | `Raft._log_is_up_to_date` | 3.6.1 |
 | a candidate's own vote counts once it is durable | `Raft._own_vote_is_durable` | figure 3.1, "persistent" |
 | who sees a newer term follows it | `Raft._follow_term` | 3.3 |
+| terms rise by so much at a time, whatever is said | `Raft._is_implausible` | knode |
 | what is of an older term is refused | `Raft._is_stale` | figure 3.1, AppendEntries 1 |
 | nobody votes against a leader that it hears | `Raft._ignores_vote` | 4.2.3, 6.4.1 |
 | no term is begun without prospect of winning | `Raft._campaign` (pre-vote) | 9.6 |
@@ -50,6 +51,7 @@ from knode.consensus import quorum
 from knode.consensus.leadership import Leadership
 from knode.consensus.log import Log
 from knode.consensus.messages import (
+    MOST,
     Append,
     AppendReply,
     Configuration,
@@ -75,6 +77,13 @@ from knode.consensus.ready import Position, ReadReady, Ready, Recovered, Role
 from knode.consensus.refusals import NotLeader
 from knode.consensus.settings import Settings
 
+MAX_LEAP_TERMS = 2**28
+"""By so much the term may rise within a tick. An honest replica is not as far behind: it makes eight years of
+an election every second. And whoever lies needs fifty years to use the terms up."""
+MAX_LEAP_ENTRIES = 2**48
+"""How far ahead the state may be that a leader sends: nine centuries of 10,000 entries a second."""
+LAST = MOST // 2
+"""Whoever has a greater term or log stands for election no more: it could not go on for long."""
 PATIENCE_TICKS = 3
 """Who would have voted for another waits at least this long before it stands itself: long enough for the
 other's disk, and for its votes to come in."""
@@ -109,6 +118,8 @@ class Raft:
         self._choose = choose
         self._log = Log(recovered, applied)
         assert self._log.last_term <= self.term, "the term was durable before its entries were"
+        self._ceiling = self.term + MAX_LEAP_TERMS
+        """The highest term that counts until the next tick."""
         self._leadership: Leadership | None = None
         self._votes: dict[ReplicaId, bool] = {}
         self._last_read = 0
@@ -254,6 +265,7 @@ class Raft:
 
     def tick(self) -> None:
         """Let one tick pass."""
+        self._ceiling = self.term + MAX_LEAP_TERMS
         if self._leadership is not None:
             self._leadership.tick()
             self._end_leadership_if_over()
@@ -334,6 +346,10 @@ class Raft:
         if message.target != self.id or message.source == self.id:
             self._contradictions += 1
             return
+        if self._is_implausible(message):
+            self._contradictions += 1
+            self._follow_leap(message)
+            return
         if self._ignores_vote(message):
             return
         if message.term > self.term:
@@ -368,6 +384,20 @@ class Raft:
             case _:
                 assert_never(message)
 
+    def _is_implausible(self, message: Message) -> bool:
+        """Whether it shows a term, or brings a state, that no honest replica can have reached while this one
+        was away. Terms never go back, so a few great ones would use them up for the whole cell."""
+        if message.term > self._ceiling:
+            return True
+        leap = self._log.last_index + MAX_LEAP_ENTRIES
+        return isinstance(message, InstallSnapshot) and message.snapshot.index > leap
+
+    def _follow_leap(self, message: Message) -> None:
+        """Go towards the term of an implausible message: else who was lied to, and who was not, would never
+        come together again."""
+        if message.term > self._ceiling > self.term and _shows_term(message):
+            self._become_follower(self._ceiling)
+
     def _is_stale(self, message: Message) -> bool:
         """Whether it is of a term that has passed: what it says was true once."""
         return message.term < self.term
@@ -390,14 +420,9 @@ class Raft:
                 pass
 
     def _follow_term(self, message: Message) -> None:
-        """Go to the newer term that a message shows; a pre-vote only asks about one."""
-        match message:
-            case PreVote():
-                pass
-            case PreVoteReply() if message.granted:
-                pass
-            case _:
-                self._become_follower(message.term)
+        """Go to the newer term that a message shows."""
+        if _shows_term(message):
+            self._become_follower(message.term)
 
     # Elections
 
@@ -429,7 +454,7 @@ class Raft:
     def _may_campaign(self) -> bool:
         """Only a voter stands for election, and only it may be told to. One that is to lose its vote goes on
         until that is committed: perhaps nobody else has the entry with which it can be (section 4.2.2)."""
-        return any(
+        return max(self.term, self._log.last_index) <= LAST and any(
             configurations.may_vote(configuration, self.id)
             for configuration in self._log.possible_configurations
         )
@@ -623,6 +648,17 @@ class Raft:
         if self._leadership is None:
             raise NotLeader
         return self._leadership
+
+
+def _shows_term(message: Message) -> bool:
+    """Whether its term is somebody's; a pre-vote only asks about one."""
+    match message:
+        case PreVote():
+            return False
+        case PreVoteReply():
+            return not message.granted
+        case _:
+            return True
 
 
 def _is_well_formed(message: Append) -> bool:

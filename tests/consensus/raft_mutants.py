@@ -184,6 +184,7 @@ MUTANTS = (
         "_is_stale",
         unless(HeartbeatReply),
     ),
+    Mutant("terms rise by so much at a time", "knode", Raft, "_is_implausible", always(False)),
     Mutant("what asks in an older term is refused", "3.3", Raft, "_is_stale", always(False)),
     Mutant("and is told the newer term", "3.3", Raft, "_refuse_stale", always(None)),
     # The log

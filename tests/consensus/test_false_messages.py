@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from hashlib import sha256
 
 import msgspec
@@ -14,14 +15,22 @@ from trio.testing import MockClock
 from knode.consensus.driver import INBOX_MESSAGES
 from knode.consensus.envelope import REFUSED_TOPIC, TOPIC, Offer, Refused, Started
 from knode.consensus.messages import (
+    MOST,
     Append,
+    AppendReply,
     Configuration,
     Entry,
+    Heartbeat,
     HeartbeatReply,
     InstallSnapshot,
     Kind,
+    Message,
+    PreVote,
+    PreVoteReply,
     Snapshot,
+    TimeoutNow,
     Vote,
+    VoteReply,
 )
 from knode.consensus.transfer import MAX_STATE_BYTES
 from knode.errors import Code
@@ -98,8 +107,12 @@ async def test_a_member_whose_role_does_not_vote_can_neither_lead_nor_disturb(
     assert leader.replica.is_leader
 
 
+def is_refused(node: ReplicaNode, code: Code, times: int) -> bool:
+    return node.peers.refusals.get(code) == times
+
+
 async def until_disproved(node: ReplicaNode, times: int) -> None:
-    await until(lambda: node.peers.refusals.get(Code.BAD_SIGNATURE) == times)
+    await until(lambda: is_refused(node, Code.BAD_SIGNATURE, times))
 
 
 async def test_no_member_can_make_the_replica_of_another_unfit(
@@ -167,6 +180,63 @@ async def test_a_start_without_proof_is_not_recorded(
     await replicas.connected()
     await refused(Code.BAD_SIGNATURE, liar.offer, leader, Offer(offered, 0, bytes(32)), b"")
     assert standing.shown(liar.replica_id) == before
+
+
+def with_numbers(node: ReplicaNode, to: ReplicaNode, number: int) -> list[Message]:
+    """Each message that goes as an event, with this number wherever one stands."""
+    n, ends = number, (number, node.replica_id, to.replica_id)
+    return [
+        PreVote(*ends, n, n),
+        PreVoteReply(*ends, False),
+        PreVoteReply(*ends, True),
+        Vote(*ends, n, n, True),
+        VoteReply(*ends, True),
+        Append(*ends, n, n, (Entry(n, n, Kind.COMMAND, b"forged"),), n),
+        AppendReply(*ends, n, True, n, n),
+        Heartbeat(*ends, n, n),
+        HeartbeatReply(*ends, n),
+        TimeoutNow(*ends),
+    ]
+
+
+async def test_the_greatest_numbers_end_no_node_and_do_not_keep_the_cell_from_electing(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    nodes = await replicas.grow(3)
+    await (await replicas.leader()).propose("one")
+    await replicas.until_equal()
+    liar = nodes[2]
+    others = [nodes[0], nodes[1]]
+    before = [dict(node.peers.refusals) for node in nodes]
+    for _ in range(5):
+        for other in others:
+            for message in with_numbers(liar, other, MOST):
+                liar.speak(other, message)
+        await trio.sleep(0.5)
+    assert all(other.driver.raft.contradictions >= 50 for other in others)
+    assert 1 < max(other.replica.term for other in others) < 2**40
+    await until(lambda: any(node.replica.is_leader for node in nodes), within_s=60)
+    await (await replicas.leader()).propose("two")
+    await replicas.until_equal()
+    assert [node.commands for node in nodes] == [["one", "two"]] * 3
+    assert [dict(node.peers.refusals) for node in nodes] == before
+
+
+@pytest.mark.parametrize("number", [MOST + 1, 2**63 - 1, 2**63, 2**64 - 1])
+async def test_greater_numbers_end_the_session_alone(
+    autojump_clock: MockClock, replicas: ReplicaCell, number: int
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    liar = next(node for node in nodes if node is not leader)
+    for times, message in enumerate(with_numbers(liar, leader, number), start=1):
+        liar.speak(leader, message)
+        await until(partial(is_refused, leader, Code.BAD_FRAME, times))
+        await replicas.connected()
+    leading = await replicas.leader()
+    await leading.propose("one")
+    await replicas.until_equal()
+    assert leader.replica.term < 100
 
 
 async def test_a_state_that_is_not_what_was_announced_changes_nothing(

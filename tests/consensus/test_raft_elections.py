@@ -7,11 +7,13 @@ from lone_core import A, B, C, D, E, Lone, commands, only, voters
 
 from knode.consensus.configuration import encoded
 from knode.consensus.messages import (
+    MOST,
     Append,
     Configuration,
     Entry,
     HardState,
     Heartbeat,
+    InstallSnapshot,
     Kind,
     Message,
     PreVote,
@@ -21,7 +23,7 @@ from knode.consensus.messages import (
     Vote,
     VoteReply,
 )
-from knode.consensus.raft import Raft
+from knode.consensus.raft import LAST, MAX_LEAP_ENTRIES, Raft
 from knode.consensus.ready import Recovered, Role
 from knode.consensus.settings import Settings
 
@@ -285,3 +287,23 @@ def test_a_second_leader_of_one_term_is_not_followed() -> None:
     core.lead()
     assert core.hear(Heartbeat(1, B, A, 0, 0)) == []
     assert (core.raft.role, core.raft.contradictions) == (Role.LEADER, 1)
+
+
+def test_a_state_from_out_of_reach_is_not_taken() -> None:
+    core = Lone(THREE, log=(1, 1), term=1)
+    core.follow(B)
+    for index, contradictions in ((2 + MAX_LEAP_ENTRIES + 1, 1), (2 + MAX_LEAP_ENTRIES, 1)):
+        core.hear(InstallSnapshot(1, B, A, Snapshot(index, 1, THREE)))
+        assert core.raft.contradictions == contradictions
+    assert core.raft.last_index == 2 + MAX_LEAP_ENTRIES
+
+
+@pytest.mark.parametrize("term", [LAST, LAST + 1, MOST])
+def test_whoever_is_at_the_end_of_all_terms_stands_no_more_and_still_votes(term: int) -> None:
+    core = Lone(THREE, term=term)
+    core.tick(100)
+    core.hear(TimeoutNow(term, B, A))
+    assert (core.raft.role is Role.FOLLOWER) == (term > LAST)
+    (answer,) = Lone(THREE, term=term).hear(Vote(term, B, A, 9, 9, False))
+    assert isinstance(answer, VoteReply)
+    assert (answer.term, answer.granted) == (term, True)
