@@ -1,8 +1,8 @@
 """One replica at work: the core, its log on disk and the state machine, without the network.
 
-Theory of operation. Three tasks; what they share, the core too, each touches between two of its awaits only:
+Theory of operation. Four tasks; what they share, the core too, each touches between two of its awaits only:
 
-- the owner gives the core what has come in, ticks it, and takes what is to be done;
+- the owner gives the core what has come in, and takes what is to be done; another ticks it;
 - the disk task makes that durable, in order. While the disk works the owner goes on, so whatever comes
   meanwhile shares the next sync;
 - the apply task applies what is committed, in order and in batches, then tells who waits for it, and from
@@ -40,7 +40,7 @@ from knode.consensus.ready import Position, Ready, Role
 from knode.consensus.refusals import ChangeInProgress, NotLeader, NotVoter, QueueFull, Transferring
 from knode.consensus.state_machine import StateMachine
 from knode.errors import Code, KnodeError
-from knode.world import Log, Monotonic, World
+from knode.world import Log, Monotonic, Turns, World
 
 T = TypeVar("T")
 
@@ -98,12 +98,12 @@ class Driver:
         self._disk_is_idle = True
         self._hard_state: HardState | None = None
         """With the latest commit index, when that is not in the log."""
-        self._journal_turn = trio.Lock()
+        self._journal_turn = Turns()
         self._unapplied: deque[Entry] = deque()
         self._unapplied_bytes = 0
         self._apply_work = trio.Event()
-        self._state_turn = trio.Lock()
-        self._dump_turn = trio.Lock()
+        self._state_turn = Turns()
+        self._dump_turn = Turns()
         self._advanced = trio.Event()
         self._proposals = Proposals()
         self._reads: dict[int, Promise[Index]] = {}
@@ -130,7 +130,7 @@ class Driver:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
-                    for task in (self._own, self._persist, self._apply):
+                    for task in (self._own, self._tick, self._persist, self._apply):
                         nursery.start_soon(self._until_failure, task)
         finally:
             self._ended = True
@@ -289,34 +289,38 @@ class Driver:
         )
 
     async def _own(self) -> None:
-        clock = self._world.clock
-        tick_at = clock.monotonic() + TICK_S
         self._advance()
         while True:
-            with trio.move_on_at(tick_at):
-                await self._work.wait()
+            await self._work.wait()
             self._work = trio.Event()
-            now = clock.monotonic()
-            if self._stands_still:
-                self._drop_inbox()
-                tick_at = Monotonic(now + TICK_S)
-                continue
-            while self._inbox:
-                message, _ = self._inbox.popleft()
-                self.raft.receive(message)
-            self._inbox_bytes = 0
-            if now >= tick_at:
-                self.raft.tick()
-                # After a sleep of the machine the time that it took is not made up for.
-                tick_at = Monotonic(max(tick_at + TICK_S, now + TICK_S / 2))
-            self._ask_next_read()
-            self._advance()
-            self._consider_received()
+            self._take_in()
 
-    def _drop_inbox(self) -> None:
-        self.dropped += len(self._inbox)
-        self._inbox.clear()
+    async def _tick(self) -> None:
+        clock = self._world.clock
+        tick_at = clock.monotonic() + TICK_S
+        while True:
+            await trio.sleep_until(tick_at)
+            # After a sleep of the machine the time that it took is not made up for.
+            tick_at = Monotonic(max(tick_at + TICK_S, clock.monotonic() + TICK_S / 2))
+            self._take_in()  # what came before the tick counts before it
+            if not self._stands_still:
+                self.raft.tick()
+                self._advance()
+
+    def _take_in(self) -> None:
+        """Give the core what has come in, and take what is to be done."""
+        if self._stands_still:
+            self.dropped += len(self._inbox)
+            self._inbox.clear()
+            self._inbox_bytes = 0
+            return
+        while self._inbox:
+            message, _ = self._inbox.popleft()
+            self.raft.receive(message)
         self._inbox_bytes = 0
+        self._ask_next_read()
+        self._advance()
+        self._consider_received()
 
     def _ask_next_read(self) -> None:
         promise, self._next_read = self._next_read, None
@@ -471,7 +475,6 @@ class Driver:
                     tell(entries, outcomes)
                 self._proposals.settle(entries, outcomes)
                 self._was_applied()
-            self._work.set()
             await self._compact()
 
     def _next_entries(self) -> list[Entry]:

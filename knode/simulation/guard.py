@@ -45,6 +45,7 @@ _FUNCTIONS: list[tuple[Any, str]] = [
     (threading.Thread, "start"),
     (_thread, "start_new_thread"),
     (trio.to_thread, "run_sync"),
+    (trio.lowlevel, "start_thread_soon"),
 ]
 _EVENTS = frozenset(
     {"subprocess.Popen", "os.system", "os.fork", "os.posix_spawn", "os.exec"}

@@ -13,7 +13,7 @@ import apsw
 import trio
 
 from knode.errors import Code, KnodeError, LocalError
-from knode.world import World
+from knode.world import Turns, World
 
 T = TypeVar("T")
 Synchronous = Literal["FULL", "NORMAL"]
@@ -50,8 +50,8 @@ class Database:
         self._path = path
         self._connection: apsw.Connection | None = connection
         self._write_ahead = log
-        self._turn = trio.Lock()
-        self._view_turn = trio.Lock()
+        self._turn = Turns()
+        self._view_turn = Turns()
         """Held while a view is open; taken before `_turn`."""
         self.waited_for_views = 0
         """How many writes have waited, since the log had grown too long while a view was open."""

@@ -39,7 +39,7 @@ from knode.tasks.places import Places
 from knode.tasks.routing import RUNNING_ROLES
 from knode.tasks.work import Outcome, Work
 from knode.tasks.worker import report_of
-from knode.world import Log, Monotonic, World
+from knode.world import Log, Monotonic, Turns, World
 
 KEPT_ATTEMPTS = 1024
 KEPT_BYTES = 64 * 1024 * 1024
@@ -147,7 +147,7 @@ class Attempts:
         self._kept_bytes = 0
         self._over: OrderedDict[Fence, None] = OrderedDict()
         self._reports: dict[Fence, Progress] = {}
-        self._deliveries = trio.Semaphore(DELIVERIES_AT_ONCE)
+        self._deliveries = Turns(DELIVERIES_AT_ONCE)
         self._nursery: trio.Nursery | None = None
         membership.changed.append(lambda _: self._follow_roster())
         methods.add("task.assign", AssignAttempt, self._answer_assign)

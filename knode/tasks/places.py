@@ -9,6 +9,7 @@ import trio
 from knode.agents.runtime import AgentResult, Attempt, Progress, Runner
 from knode.errors import Code, KnodeError
 from knode.klp.keepalive import Load
+from knode.world import Turns
 
 OnProgress = Callable[[Progress], None]
 
@@ -23,7 +24,7 @@ class Places:
         self._runner = runner
         self._capacity = running
         self._queue_limit = queued
-        self._turns = trio.Semaphore(running)
+        self._turns = Turns(running)
         self._taken = 0
 
     @property

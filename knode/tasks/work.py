@@ -15,7 +15,7 @@ from knode.klp.codec import Decoder, encode
 from knode.storage import Database
 from knode.tasks.commands import Fence
 from knode.tasks.messages import AssignAttempt, CompleteAttempt, FailAttempt
-from knode.world import Log, World
+from knode.world import Log, Turns, World
 
 MIGRATIONS = (
     """
@@ -61,7 +61,7 @@ class Work:
         self._path = path
         self._database = database
         self._log = log
-        self._turn = trio.Lock()
+        self._turn = Turns()
         self._waiting: list[_Change] = []
         self._forgotten: dict[bytes, None] = {}
 

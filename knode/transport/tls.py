@@ -14,6 +14,8 @@ from contextlib import suppress
 
 import trio
 
+from knode.world import Turns
+
 READ_BYTES = 256 * 1024
 """How much ciphertext one read takes from the socket, at most."""
 
@@ -43,7 +45,7 @@ class TlsStream:
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
         self._plain: deque[memoryview] = deque()
         self._unsent = memoryview(b"")
-        self._sending = trio.Lock()
+        self._sending = Turns()
         self._ended = False
 
     async def handshake(self) -> None:
@@ -78,11 +80,7 @@ class TlsStream:
 
         Cancelling keeps what is unsent for the next flush, in order.
         """
-        try:
-            self._sending.acquire_nowait()  # `acquire` would cost a turn of the loop for each frame
-        except trio.WouldBlock:
-            await self._sending.acquire()
-        try:
+        async with self._sending:
             while self._unsent or self._encrypt_next():
                 try:
                     sent = self._open_socket().send(self._unsent)
@@ -90,8 +88,6 @@ class TlsStream:
                     await trio.lowlevel.wait_writable(self._socket)
                 else:
                     self._unsent = self._unsent[sent:]
-        finally:
-            self._sending.release()
 
     def flush_at_once(self) -> None:
         """Hand to the kernel what it takes now of what was queued; the next flush sends the rest."""

@@ -18,6 +18,7 @@ from websockets.server import ServerProtocol
 
 from knode.transport.link import MAX_FRAME_BYTES, LinkClosed, LinkFault, LinkStatistics
 from knode.transport.tls import TlsStream
+from knode.world import Turns
 
 CLOSE_SECONDS = 2
 
@@ -49,7 +50,7 @@ class WebSocketLink:
         self.statistics = LinkStatistics()
         self._stream = stream
         self._protocol = protocol
-        self._pumping = trio.Lock()
+        self._pumping = Turns()
         self._frames: deque[bytes] = deque()
         self._fragments = bytearray()
         self._fault: str | None = None
@@ -146,15 +147,9 @@ class WebSocketLink:
         When nothing more will come, `_closed_why` says why. Cancelling loses nothing: what was read is in
         `_frames`, what is unsent stays queued.
         """
-        try:
-            self._pumping.acquire_nowait()  # `acquire` would cost a turn of the loop
-        except trio.WouldBlock:  # `aclose` reads as well as the task that receives
-            await self._pumping.acquire()
-        try:
+        async with self._pumping:  # `aclose` reads as well as the task that receives
             if self._closed_why is None:
                 await self._read_once()
-        finally:
-            self._pumping.release()
 
     async def _read_once(self) -> None:
         try:

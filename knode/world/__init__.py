@@ -10,6 +10,7 @@ from knode.world.clock import Clock, Monotonic, WallTime
 from knode.world.disk import Disk, WritableFile
 from knode.world.log import Log, SilentLog
 from knode.world.randomness import Randomness
+from knode.world.turns import Turns
 from knode.world.world import World
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Monotonic",
     "Randomness",
     "SilentLog",
+    "Turns",
     "WallTime",
     "World",
     "WritableFile",

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 
 from knode.errors import Code, LocalError
 from knode.world.clock import Monotonic, WallTime
+from knode.world.turns import Turns
 from knode.world.world import World
 
 T = TypeVar("T")
@@ -53,11 +54,28 @@ class RealBlocking:
     """A bounded set of threads."""
 
     def __init__(self) -> None:
-        self._limiter = trio.CapacityLimiter(BLOCKING_AT_ONCE)
+        self._turns = Turns(BLOCKING_AT_ONCE)
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work` in a thread; cancelling waits for it to end."""
-        return await trio.to_thread.run_sync(work, limiter=self._limiter)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        async with self._turns:
+            return await _in_thread(work)
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Do what `trio.to_thread.run_sync` does, but for calls back into the loop and a copied context, which
+    cost as much as the rest of it."""
+    task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
+
+    def deliver(result: Any) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            token.run_sync_soon(trio.lowlevel.reschedule, task, result)
+
+    trio.lowlevel.start_thread_soon(work, deliver)
+    # Whoever is cancelled waits for what the thread does.
+    result: T = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+    return result
 
 
 @contextlib.contextmanager

@@ -181,6 +181,7 @@ async def test_a_cancelled_write_is_whole_or_not_begun(tmp_path: Path) -> None:
     database = await Database.open(real_world(), tmp_path / "node.db", [FIRST])
     begun: list[int] = []
     finished: list[int] = []
+    token = trio.lowlevel.current_trio_token()
 
     async def write(number: int) -> None:
         def two_rows(connection: apsw.Connection) -> None:
@@ -188,7 +189,7 @@ async def test_a_cancelled_write_is_whole_or_not_begun(tmp_path: Path) -> None:
             begun.append(number)
             if len(begun) == 5:
                 # Cancelled while this transaction runs: it ends first.
-                trio.from_thread.run_sync(nursery.cancel_scope.cancel)
+                trio.from_thread.run_sync(nursery.cancel_scope.cancel, trio_token=token)
             connection.execute("INSERT INTO note (text) VALUES (?)", (str(number),))
 
         await database.write(two_rows)
