@@ -34,6 +34,8 @@ class Holdings:
         first_command: Callable[[Incarnation], bytes],
     ) -> None:
         self.files = folder / "snapshots"
+        self.mark = folder / "fit"
+        """Where `Standing` has its mark."""
         self._world = world
         self._folder = folder
         self._log = folder / "log"

@@ -431,6 +431,7 @@ class Replica:
                 boot=self._peers.boot,
                 incarnation=present,
                 founds=roster.is_founder(own) and present.number == 0,
+                mark=self._holdings.mark,
             )
         if self._suspensions or self._halted:
             return
@@ -442,6 +443,7 @@ class Replica:
         self._may_renew = self._stopped_for_now = False
         verdict = self._verdict(standing)
         if standing.unfit is not None:
+            await standing.mark_unfit(standing.unfit)  # again, if the disk did not take it
             self.stopped = unfit(standing.unfit)
         elif verdict in _WHY_NOT:
             self.stopped = KnodeError(Code.UNAVAILABLE, *_WHY_NOT[verdict])

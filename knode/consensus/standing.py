@@ -9,7 +9,8 @@ that counts it may forget what was acknowledged. So:
   an old copy: it is refused, and told so, with its member's own signature over what it showed before. So no
   other member can make a replica unfit, and one that was shown suffices: perhaps only one was.
 - A replica that is unfit never speaks again. Its node removes log and ledger, draws another replica id and
-  begins with nothing, as a learner.
+  begins with nothing, as a learner. A full disk must not keep that from being remembered: where the database
+  takes it not, a file that says that the replica is fit is removed, which needs no space.
 
 What this cannot notice: a copy that was taken since the latest start, when nothing but that copy is started
 afterwards: its counter goes on as if nothing had happened. No backup that knode makes has a replica's log.
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import apsw
@@ -27,10 +30,11 @@ import trio
 from knode.consensus.envelope import Started
 from knode.consensus.messages import ReplicaId
 from knode.consensus.voters import MEMBER_BYTES, member_of
+from knode.errors import KnodeError
 from knode.identity import KeyPair
 from knode.mesh.incarnations import Incarnation
 from knode.storage import Database
-from knode.world import World
+from knode.world import Disk, World
 
 RANDOM_BYTES = 8
 MAX_REPLICAS_OF_A_MEMBER = 8
@@ -56,8 +60,11 @@ CREATE TABLE shown (
 );
 """,
 )
-PROOF_MIGRATIONS = ("ALTER TABLE shown ADD COLUMN proof BLOB NOT NULL DEFAULT x'';",)
-"""Later ones, which have their own place among those of the node."""
+LATER_MIGRATIONS = (
+    "ALTER TABLE shown ADD COLUMN proof BLOB NOT NULL DEFAULT x'';",
+    "ALTER TABLE standing ADD COLUMN marked INTEGER NOT NULL DEFAULT 0;",
+)
+"""They have their own place among those of the node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,8 @@ class _Row:
     founds: bool
     begun: bool
     unfit: str | None
+    marked: bool = False
+    """Whether there is a file that says that it is fit."""
 
 
 class Shown(NamedTuple):
@@ -89,15 +98,18 @@ class Standing:
         row: _Row,
         shown: dict[ReplicaId, Shown],
         key: KeyPair,
+        mark: Path,
     ) -> None:
         self.boot = boot
         self._key = key
+        self._mark = mark
         self._world = world
         self._database = database
         self._row = row
         self._shown = shown
         self._turn = trio.Lock()
         self._unfit: str | None = row.unfit
+        self._is_known_to_disk = row.unfit is not None
         self.proof = self._prove()
         """That this replica speaks from this start, for whoever takes a message of it."""
 
@@ -112,18 +124,20 @@ class Standing:
         boot: bytes,
         incarnation: Incarnation,
         founds: bool,
+        mark: Path,
     ) -> Standing:
         """Read it and raise the start counter, durably; the first time, draw a replica id.
 
         Args:
             world: its randomness is used.
-            database: the node's, with `MIGRATIONS` and `PROOF_MIGRATIONS`.
+            database: the node's, with `MIGRATIONS` and `LATER_MIGRATIONS`.
             member: raw id of this node as a member, 32 bytes.
             key: its present key.
             boot: 16 bytes that no other start of this node has.
             incarnation: of the cell, now; counts the first time.
             founds: whether this member founded the cell, so that its first replica begins the log; counts
                 the first time.
+            mark: a file, for the mark that it is fit; `begin` makes it, in a folder that is there then.
 
         Raises:
             KnodeError: DISK_FULL, DISK_READ_ONLY, HOME_DAMAGED. Then this node must not speak as a replica.
@@ -133,11 +147,15 @@ class Standing:
         def write(connection: apsw.Connection) -> tuple[_Row, list[Any]]:
             found = _read(connection) or fresh
             row = replace(found, start=found.start + 1)
+            if row.marked and row.unfit is None and _marked(world.disk, mark) != row.replica:
+                row = replace(
+                    row, unfit="an earlier start found that it is unfit, and a full disk took no more"
+                )
             _write(connection, row)
             return row, connection.execute("SELECT replica, start, boot, proof FROM shown").fetchall()
 
         row, shown = await database.write(write)
-        return cls(world, database, boot, row, {replica: Shown(*rest) for replica, *rest in shown}, key)
+        return cls(world, database, boot, row, {replica: Shown(*rest) for replica, *rest in shown}, key, mark)
 
     @property
     def replica_id(self) -> ReplicaId:
@@ -225,15 +243,25 @@ class Standing:
         """Never vote or acknowledge again as this replica: at once, and durably when this returns.
 
         Raises:
-            KnodeError: the disk does not take it. It holds as long as the process does, and a disk that
-                takes nothing lets no replica start: `open` must raise its counter.
+            KnodeError: the disk does not even remove a file. It holds as long as the process does: ask again.
+                A disk that takes nothing lets no replica start, for `open` must raise its counter.
         """
         self._unfit = self._unfit or why
-        await self._change(lambda row: replace(row, unfit=row.unfit or why))
+        if self._is_known_to_disk:
+            return
+        try:
+            await self._change(lambda row: replace(row, unfit=row.unfit or why))
+        except KnodeError:
+            if not self._row.marked:
+                raise
+            await self._world.blocking.run(self._remove_mark)
+        self._is_known_to_disk = True
 
     async def begin(self) -> None:
-        """Note durably that this replica has a log, before it first speaks. Raises as `note`."""
-        await self._change(lambda row: replace(row, begun=True))
+        """Note durably that this replica has a log, and is fit, before it first speaks. Raises as `note`."""
+        if not self._row.marked:
+            await self._world.blocking.run(partial(self._world.disk.write, self._mark, self.replica_id))
+        await self._change(lambda row: replace(row, begun=True, marked=True))
 
     async def replace(self, incarnation: Incarnation) -> None:
         """Become another replica, which has nothing, of `incarnation`, durably.
@@ -243,12 +271,16 @@ class Standing:
         """
         fresh = _new_row(self._world, member_of(self.replica_id), incarnation, founds=False)
         await self._change(lambda row: replace(fresh, start=row.start))
-        self._unfit = None
+        self._unfit, self._is_known_to_disk = None, False
         self.proof = self._prove()
 
     async def survive(self, incarnation: Incarnation) -> None:
         """Be of `incarnation` from now on, as the replica whose log it goes on with. Raises as `note`."""
         await self._change(lambda row: replace(row, incarnation=incarnation))
+
+    def _remove_mark(self) -> None:
+        self._world.disk.remove(self._mark)
+        self._world.disk.sync_folder(self._mark.parent)
 
     def _prove(self) -> bytes:
         return Started(self.replica_id, self.start, self.boot).prove(self._key)
@@ -266,16 +298,25 @@ def _new_row(world: World, member: bytes, incarnation: Incarnation, *, founds: b
     return _Row(replica, start=0, incarnation=incarnation, founds=founds, begun=False, unfit=None)
 
 
+def _marked(disk: Disk, mark: Path) -> ReplicaId | None:
+    """Return which replica is marked as fit."""
+    if not disk.exists(mark):
+        return None
+    return disk.read(mark, limit_bytes=MEMBER_BYTES + RANDOM_BYTES)
+
+
 def _read(connection: apsw.Connection) -> _Row | None:
-    query = "SELECT replica, start, incarnation_number, incarnation_hash, founds, begun, unfit FROM standing"
-    for replica, start, number, hash_, founds, begun, unfit in connection.execute(query):
-        return _Row(replica, start, Incarnation(number, hash_), bool(founds), bool(begun), unfit)
+    columns = "replica, start, incarnation_number, incarnation_hash, founds, begun, unfit, marked"
+    for row in connection.execute(f"SELECT {columns} FROM standing"):
+        replica, start, number, hash_, founds, begun, unfit, marked = row
+        incarnation = Incarnation(number, hash_)
+        return _Row(replica, start, incarnation, bool(founds), bool(begun), unfit, bool(marked))
     return None
 
 
 def _write(connection: apsw.Connection, row: _Row) -> None:
     connection.execute(
-        "INSERT OR REPLACE INTO standing VALUES (1, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT OR REPLACE INTO standing VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             row.replica,
             row.start,
@@ -284,5 +325,6 @@ def _write(connection: apsw.Connection, row: _Row) -> None:
             row.founds,
             row.begun,
             row.unfit,
+            row.marked,
         ),
     )

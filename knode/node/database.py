@@ -17,7 +17,7 @@ MIGRATIONS = (
     *membership.MIGRATIONS,
     *standing.MIGRATIONS,
     *outbox.MIGRATIONS,
-    *standing.PROOF_MIGRATIONS,
+    *standing.LATER_MIGRATIONS,
 )
 
 

@@ -219,6 +219,30 @@ async def test_a_restored_home_never_counts_and_comes_back_as_another_replica(
     assert any("old copy" in str(fields) for _, _, fields in restored.log.lines)
 
 
+async def test_a_failed_sync_is_remembered_though_the_disk_is_full(
+    autojump_clock: MockClock, voting: VotingCell
+) -> None:
+    nodes = await voting.of(3)
+    failed = next(n for n in nodes if not n.replica.is_leader)
+    old = failed.replica_id
+    failed.disk.fail_sync("*/raft/log/*")
+    failed.disk.watch(lambda event: failed.disk.fill() if event == "sync" else None)
+    await voting.leading().propose("what was not synced")
+    await until(lambda: failed.standing.unfit is not None)
+    await until(lambda: not failed.disk.exists(LOG.parent / "fit"))
+    await voting.kill(failed)
+    failed.disk.free()
+    others = [n for n in nodes if n is not failed]
+    for node in others:
+        voting.cut(failed, node)
+    await voting.restart(failed)
+    assert (failed.replica_id, failed.replica.raft) == (old, None)
+    assert "full disk" in str(failed.standing.unfit)
+    for node in others:
+        voting.heal(failed, node)
+    await until(lambda: failed.replica_id != old and failed.has_vote())
+
+
 async def test_a_sole_voter_that_was_damaged_keeps_what_it_has_and_waits_for_its_owner(
     autojump_clock: MockClock, voting: VotingCell
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from memory_cell import Inline, Seeded
 
-from knode.consensus.standing import MAX_REPLICAS_OF_A_MEMBER, MIGRATIONS, PROOF_MIGRATIONS, Standing
+from knode.consensus.standing import LATER_MIGRATIONS, MAX_REPLICAS_OF_A_MEMBER, MIGRATIONS, Standing
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
 from knode.mesh.incarnations import Incarnation
@@ -23,6 +24,7 @@ OWN, OTHER = bytes(31) + b"a", bytes(31) + b"b" + bytes(8)
 FIRST = Incarnation(0, bytes(32))
 KEY = KeyPair(bytes(32))
 PROOF = bytes(64)
+MARK = Path("/state/fit")
 
 
 class Machine:
@@ -36,10 +38,17 @@ class Machine:
     async def open(self, *, founds: bool = False) -> Standing:
         self.opened += 1
         world = World(SimulatedClock(), Seeded(f"start {self.opened}"), self.disk, Inline())
-        self.database = await Database.open(world, PATH, (*MIGRATIONS, *PROOF_MIGRATIONS))
+        self.database = await Database.open(world, PATH, (*MIGRATIONS, *LATER_MIGRATIONS))
         self.boot = world.randomness.token(16)
         return await Standing.open(
-            world, self.database, member=OWN, key=KEY, boot=self.boot, incarnation=FIRST, founds=founds
+            world,
+            self.database,
+            member=OWN,
+            key=KEY,
+            boot=self.boot,
+            incarnation=FIRST,
+            founds=founds,
+            mark=MARK,
         )
 
     async def reopen(self) -> Standing:
@@ -166,6 +175,89 @@ async def test_unfit_holds_at_once_and_for_ever_even_when_the_disk_takes_nothing
     machine.disk.read_only = False
     await standing.mark_unfit("something else")
     assert (await machine.cut_power()).unfit == "something else"
+
+
+async def test_unfit_is_remembered_though_the_disk_is_full(machine: Machine) -> None:
+    standing = await machine.open()
+    await standing.begin()
+    old = standing.replica_id
+    machine.disk.fill()
+    await standing.mark_unfit("a sync failed")
+    assert standing.unfit == "a sync failed"
+    machine.disk.free()
+    again = await machine.cut_power()
+    assert again.unfit is not None
+    assert "full disk" in again.unfit
+    last = await machine.cut_power()
+    assert last.unfit == again.unfit
+    await last.replace(FIRST)
+    await last.begin()
+    fresh = await machine.cut_power()
+    assert (fresh.unfit, fresh.begun, fresh.replica_id != old) == (None, True, True)
+
+
+async def cut_power_while_replaced(at: int) -> tuple[Standing, Standing] | None:
+    """The unfit standing, and what a power cut leaves of it at the disk's event number `at`, if it comes."""
+    machine = Machine()
+    standing = await machine.open()
+    await standing.begin()
+    machine.disk.fill()
+    await standing.mark_unfit("a sync failed")
+    machine.disk.free()
+    old, images, seen = standing.replica_id, list[SimulatedDisk](), itertools.count()
+
+    def before(_: object) -> None:
+        if next(seen) == at:
+            images.append(machine.disk.crash(random.Random(at)))
+
+    machine.disk.watch(before)
+    await standing.replace(FIRST)
+    await standing.begin()
+    await machine.database.aclose()
+    if not images:
+        return None
+    machine.disk.close()
+    machine.disk = images[0]
+    found = await machine.open()
+    await machine.database.aclose()
+    machine.disk.close()
+    assert found.replica_id != old or found.unfit is not None, at
+    return standing, found
+
+
+async def test_a_power_cut_while_a_replica_is_replaced_makes_no_unfit_one_fit() -> None:
+    found = [pair for at in range(50) if (pair := await cut_power_while_replaced(at)) is not None]
+    assert 5 < len(found) < 50
+    assert {after.unfit is None for _, after in found} == {True, False}
+
+
+async def test_a_disk_that_removes_no_file_is_asked_again(machine: Machine) -> None:
+    standing = await machine.open()
+    await standing.begin()
+    machine.disk.read_only = True
+    for _ in range(2):
+        with pytest.raises(KnodeError) as caught:
+            await standing.mark_unfit("a sync failed")
+        assert caught.value.code is Code.DISK_READ_ONLY
+    machine.disk.read_only = False
+    machine.disk.fill()
+    await standing.mark_unfit("a sync failed")
+    machine.disk.free()
+    assert (await machine.cut_power()).unfit is not None
+
+
+async def test_a_home_of_before_the_mark_is_fit_and_gets_one(machine: Machine) -> None:
+    standing = await machine.open()
+    await standing.begin()
+    await machine.database.write(lambda c: c.execute("UPDATE standing SET marked = 0").fetchall())
+    machine.disk.remove(MARK)
+    again = await machine.cut_power()
+    assert again.unfit is None
+    await again.begin()
+    assert machine.disk.exists(MARK)
+    machine.disk.remove(MARK)
+    machine.disk.sync_folder(MARK.parent)
+    assert (await machine.cut_power()).unfit is not None
 
 
 async def test_a_replaced_replica_has_another_id_and_nothing_of_the_old(machine: Machine) -> None:
