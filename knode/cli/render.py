@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 Document = Mapping[str, Any]
@@ -245,8 +246,8 @@ def explanation(document: Document) -> str:
 def effects(document: Sequence[Document]) -> str:
     """Show one operation a line."""
     return table(
-        ("number", "task", "attempt", "operation"),
-        ((e["sequence"], e["task"], e["attempt"], value(e["operation"])) for e in document),
+        ("place", "time", "task", "attempt", "operation"),
+        ((e["place"], moment(e["time"]), e["task"], e["attempt"], value(e["operation"])) for e in document),
     )
 
 
@@ -291,6 +292,11 @@ def details(document: Document) -> str:
         )
         flat |= inner
     return fields({key: None if content is None else value(content) for key, content in flat.items()})
+
+
+def moment(milliseconds: int) -> str:
+    """Show a wall time as people here read it: local, to the second."""
+    return datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def value(content: object) -> str:

@@ -114,9 +114,10 @@ class OfTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class OfEffects(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A task's id or start of an id; none: all tasks."""
+    """A task's id or start of an id; none: all tasks. `after`: the place behind which to begin."""
 
     task: str | None = None
+    after: Annotated[int, Meta(ge=0, le=2**53)] = 0
 
 
 class OfSubmission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -149,7 +149,12 @@ class TaskMethods:
             if not isinstance(found, TaskView):
                 return []
             task = found.id
-        return [effect_document(effect) for effect in await self._node.durable.effects(task)]
+        page = await self._node.durable.effects(task, after=of.after)
+        if task is None and page.first > of.after + 1:
+            notify({"dropped": page.first - 1, "since": page.since or None})
+        if page.next is not None:
+            notify({"next": page.next})
+        return [effect_document(effect) for effect in page.effects]
 
     # Tasks by the start of their ids.
 

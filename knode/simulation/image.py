@@ -27,10 +27,9 @@ async def image_of(node: Node) -> LedgerImage:
         tasks |= {record.task.id: record for record in page}
         before = page[-1].task.number
     operations: list[Operation] = []
-    begun = sorted(node.membership.roster.incarnations.known.values(), key=lambda each: each.number)
-    for stream in dict.fromkeys([*(each.predecessor for each in begun), node.ledger.incarnation]):
-        after = 0
-        while more := await node.ledger.operations(after, READ_AT_ONCE, incarnation=stream):
-            operations += more
-            after = more[-1].number
+    after: int | None = 0
+    while after is not None:
+        read = await node.ledger.operations(after, READ_AT_ONCE)
+        operations += read.found
+        after = read.next
     return LedgerImage(node.ledger.applied, tasks, tuple(operations))

@@ -15,8 +15,9 @@ from knode.errors import Code, KnodeError
 from knode.klp.codec import Decoder, encode
 from knode.tasks.values import MAX_FILES, MAX_INPUT_BYTES, AgentId, FileName, Size, TaskId
 
-LEVEL = 1
-"""The feature level that this version knows: all commands below, with these fields."""
+LEVEL = 2
+"""The feature level that this version knows. 1: all commands below, with these fields. 2: a Forget drops
+operations, and tasks without keys of their own earlier (`knode.tasks.forgetting`)."""
 MAX_BUNDLE_BYTES = 240 * 1024
 """Result, operations and follow-up tasks of one attempt, encoded; with it a command fits one entry."""
 MAX_OPERATIONS = 256
@@ -177,7 +178,7 @@ class Expire(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, t
 
 
 class Forget(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=8):
-    """Forget ended tasks whose keys have expired, the oldest first, beyond what is kept."""
+    """Forget ended tasks and old operations, the oldest first, beyond what is kept."""
 
     now: Milliseconds
 

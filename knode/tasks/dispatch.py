@@ -39,7 +39,7 @@ from knode.tasks.commands import (
     NewTask,
     Release,
 )
-from knode.tasks.ledger import KEPT_TASKS
+from knode.tasks.forgetting import FORGOTTEN_AT_ONCE, KEPT_OPERATIONS_MS, KEPT_TASKS, is_crowded
 from knode.tasks.lifecycle import State
 from knode.tasks.messages import AssignAttempt, AttemptReport, Report, StopAttempt
 from knode.tasks.pace import Pace
@@ -60,6 +60,8 @@ REFUSED_FOR_S = 5.0
 """How long a worker may take another for the leader, or an attempt for over, before that counts."""
 EXPIRED_AT_ONCE = 1024
 FORGET_EVERY_S = 600.0
+FORGET_SOON_S = 10.0
+"""When too much is kept."""
 STOPS = 3
 SPARE_DEADLINES = 1024
 """Of tasks that have ended, and of the rest twice as many: kept before they are cleared away."""
@@ -116,6 +118,7 @@ class Dispatcher:
         self._paces: defaultdict[bytes, Pace] = defaultdict(Pace)
         self._here_at: dict[bytes, float] = {}
         self._forgot_at = 0.0
+        self._is_forgetting = False
         self._woken = trio.Event()
         self._nursery: trio.Nursery | None = None
         store.on_change.append(self._follow)
@@ -314,6 +317,7 @@ class Dispatcher:
         pause_s = min(
             (max(0.001, (at - now) / 1000) for at in times if at is not None), default=FORGET_EVERY_S
         )
+        pause_s = min(pause_s, self._forget_every_s)
         return min(pause_s, LOOK_EVERY_S) if self._assigned or len(self._queue) else pause_s
 
     def _assign_all(self, need: Need) -> None:
@@ -385,17 +389,34 @@ class Dispatcher:
             for id in due:
                 heapq.heappush(self._deadlines, (self.now() + PUT_OFF_MS, id))
 
+    @property
+    def _forget_every_s(self) -> float:
+        return FORGET_SOON_S if is_crowded(self._store.totals) else FORGET_EVERY_S
+
     def _forget_old(self) -> None:
-        """From time to time, and while there is more, forget old tasks."""
+        """From time to time, and while there is more, forget old tasks and operations."""
         now = self._world.clock.monotonic()
-        if now - self._forgot_at >= FORGET_EVERY_S and self._store.totals.kept > KEPT_TASKS:
+        if now - self._forgot_at >= self._forget_every_s and not self._is_forgetting:
             assert self._nursery is not None
-            self._forgot_at = now
+            self._forgot_at, self._is_forgetting = now, True
             self._nursery.start_soon(self._propose_forgetting)
 
     async def _propose_forgetting(self) -> None:
-        while (outcome := await self._try(Forget(self.now()))) is not None and outcome.count:
-            self._log.info("old tasks forgotten", count=outcome.count)
+        try:
+            while await self._has_old():
+                outcome = await self._try(Forget(self.now()))
+                if outcome is not None and outcome.count:
+                    self._log.info("old tasks and operations forgotten", count=outcome.count)
+                if outcome is None or outcome.count < FORGOTTEN_AT_ONCE // 2:
+                    break
+        finally:
+            self._is_forgetting = False
+
+    async def _has_old(self) -> bool:
+        totals = self._store.totals
+        if totals.kept > KEPT_TASKS or is_crowded(totals):
+            return True
+        return await self._store.has_operations_before(self.now() - KEPT_OPERATIONS_MS)
 
     async def _try(self, command: Command) -> Outcome | None:
         """Propose; return None when nobody can say what came of it."""

@@ -1,6 +1,6 @@
 """The whole ledger of one moment as a file: how a voter that lacks too much of the log gets it.
 
-    "knode ledger 1\\n", then records: length, CRC-32 (4 bytes each, big-endian), MessagePack.
+    "knode ledger 2\\n", then records: length, CRC-32 (4 bytes each, big-endian), MessagePack.
 
 The first record has the totals, the last one the count of all between and the SHA-256 of all bytes before
 it. Rows come in the order of their keys, so two ledgers that are equal have equal files.
@@ -27,7 +27,7 @@ from knode.tasks.tables import INSERT_TASK, SAVE_TOTALS, TASK_COLUMNS, columns_o
 from knode.tasks.values import TaskId
 from knode.world import Disk
 
-VERSION = 1
+VERSION = 2
 MAX_RECORD_BYTES = 512 * 1024
 _MAGIC = b"knode ledger "
 _HEADER = _MAGIC + b"%d\n" % VERSION

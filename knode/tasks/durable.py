@@ -19,6 +19,7 @@ from knode.tasks.messages import (
     AskFates,
     CancelTask,
     Effect,
+    Effects,
     Explanation,
     ListEffects,
     ListTasks,
@@ -63,7 +64,7 @@ class Request:
     on: str | None = None
     """Name, id or start of an id of the node that must run it; None: whoever is best."""
     key: str | None = None
-    """The same key of this node is the same task; None: the task's id."""
+    """The same key of this node is the same task; None: nobody repeats it but the outbox."""
     deadline_s: float | None = None
     """How long after its commit it may take; None: as long as its key lives, a day."""
 
@@ -123,7 +124,7 @@ class Durable:
 
         Cancelling leaves open whether it is done.
         """
-        submit = await self._prepare(request)
+        submit = await self._prepare(request, keep=keep)
         taken: TaskView | Waiting | None = None
         try:
             taken = await self._commit(submit, keep=keep)
@@ -217,20 +218,24 @@ class Durable:
             EXPLAIN, ShowTask(self._outbox.task_of(task).hex()), deadline=self._in(COMMIT_S)
         )
 
-    async def effects(self, task: bytes | None = None) -> Sequence[Effect]:
-        """Return the operations that all tasks left, or one, in their order: the first ten thousand.
+    async def effects(self, task: bytes | None = None, *, after: int = 0) -> Effects:
+        """Return the operations that all tasks left, or one, in their order, up to ten thousand.
+
+        Args:
+            task: whose alone.
+            after: `next` of what was returned before; 0: from the first on.
 
         Raises:
             KnodeError: NOT_FOUND, UNAVAILABLE.
         """
         effects: list[Effect] = []
         selector = None if task is None else self._outbox.task_of(task).hex()
-        after: int | None = 0
-        while after is not None and len(effects) < LISTED_EFFECTS:
+        while True:
             page = await self._leader.ask(EFFECTS, ListEffects(after, selector), deadline=self._in(COMMIT_S))
             effects += page.effects
+            if page.next is None or len(effects) >= LISTED_EFFECTS:
+                return Effects(tuple(effects), page.next, page.first, page.since)
             after = page.next
-        return effects
 
     async def cancel(self, task: bytes) -> TaskView | Waiting:
         """Cancel a task; one that is pending is cancelled as soon as its fate is known.
@@ -295,7 +300,7 @@ class Durable:
 
     # Submitting.
 
-    async def _prepare(self, request: Request) -> SubmitTask:
+    async def _prepare(self, request: Request, *, keep: bool) -> SubmitTask:
         _check(request)
         _ = self._membership.own  # who is no member (any more) asks for nothing
         member = None if request.on is None else self._membership.roster.find(request.on)
@@ -312,8 +317,11 @@ class Durable:
             deadline_ms=round(deadline_s * 1000),
             attempts=ATTEMPTS,
         )
-        not_after = now + round(1000 * max(KEY_LIVES_S, deadline_s))
-        return SubmitTask(task, request.key or task.hex(), not_after, new, holders)
+        # Without a key the task is repeated by the outbox alone, which keeps it as long; see
+        # `knode.tasks.forgetting`. A person who may repeat it needs a key that is remembered.
+        key = request.key or (task.hex() if keep else f"again-{task.hex()}")
+        lives_s = KEY_LIVES_S if request.key is None else max(KEY_LIVES_S, deadline_s)
+        return SubmitTask(task, key, now + round(1000 * lives_s), new, holders)
 
     async def fates(self, tasks: Sequence[bytes]) -> Mapping[bytes, Fate]:
         """Return what became of tasks, for who holds their files; UNAVAILABLE.

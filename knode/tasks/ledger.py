@@ -39,8 +39,9 @@ from knode.tasks.commands import (
     follow_up_id,
     task_digest,
 )
+from knode.tasks.forgetting import count_kept, drop, forget
 from knode.tasks.lifecycle import TRANSITIONS, Event, State
-from knode.tasks.records import KEY_GRACE_MS, LedgerTask, Outcome, Tables, Totals
+from knode.tasks.records import LedgerTask, Outcome, Tables, Totals
 
 MAX_LIVE_TASKS = 10_000
 """Tasks that have not ended; half of them of one submitter."""
@@ -48,13 +49,9 @@ MAX_LIVE_BYTES = 64 * 1024 * 1024
 """What was asked for in them, encoded; half of it by one submitter."""
 MAX_TASKS = 1_000_000
 """Tasks that are kept in all."""
-KEPT_TASKS = 10_000
-"""Tasks that are kept after their end, though their keys have expired."""
 KEPT_RESULT_BYTES = 128 * 1024 * 1024
 MAX_STREAM_BYTES = 1024 * 1024 * 1024
-"""Operations that are kept."""
-FORGOTTEN_AT_ONCE = 250
-"""By one `Forget`, so that what comes after it waits a few milliseconds at most."""
+"""Operations; a completion that brings more is refused. `forgetting` says when the oldest are dropped."""
 MAX_DEPTH = 8
 """Generations of follow-up tasks."""
 MAX_ATTEMPT = 1_000
@@ -93,7 +90,7 @@ def apply(tables: Tables, command: Command) -> Outcome:
         case Expire():
             return _expire(tables, command)
         case Forget():
-            return _forget(tables)
+            return Outcome(count=forget(tables))
         case Begin():
             return _begin(tables, command)
         case RaiseLevel():
@@ -128,6 +125,13 @@ def _submit(tables: Tables, command: Submit) -> Outcome:
         return _refused(
             Code.EXPIRED, "it was to be submitted earlier than it could be", "submit it again, as a new task"
         )
+    if command.key == command.id.hex() and command.not_after <= tables.totals.forgotten:
+        return _refused(
+            Code.EXPIRED,
+            "it was dated so long ago that the ledger, which has had many tasks since, cannot say whether it"
+            " was done",
+            "look for what it should have done, then submit it again, as a new task",
+        )
     if command.not_after > now + MAX_KEY_LIFE_MS:
         return _refused(Code.INVALID_ARGUMENT, "its key would live longer than 30 days", "give it less time")
     if command.assignment is not None and not _fits(command.task.on, command.assignment):
@@ -136,7 +140,7 @@ def _submit(tables: Tables, command: Submit) -> Outcome:
     if full is not None:
         return full
     if known is not None:
-        _drop(tables, known)
+        drop(tables, known)
     task = _new_task(
         tables, command.id, command.submitter, command.key, command.not_after, command.task, digest
     )
@@ -201,7 +205,12 @@ def _refusal_of(tables: Tables, task: LedgerTask, bundle: Bundle) -> Outcome | N
         )
     added = sum(map(len, bundle.operations))
     if tables.totals.operation_bytes + added > MAX_STREAM_BYTES:
-        return _refused(Code.RATE_LIMITED, "the cell's stream of operations is full", "", task)
+        return _refused(
+            Code.RATE_LIMITED,
+            "the cell's stream of operations is full",
+            "wait: the oldest are dropped once their tasks are forgotten",
+            task,
+        )
     if not bundle.follow_ups:
         return None
     if task.depth >= MAX_DEPTH:
@@ -279,17 +288,6 @@ def _expire(tables: Tables, command: Expire) -> Outcome:
             _end(tables, task, Event.DEADLINE, code=Code.EXPIRED, message="its deadline passed")
             count += 1
     return Outcome(count=count)
-
-
-def _forget(tables: Tables) -> Outcome:
-    totals = tables.totals
-    most = min(FORGOTTEN_AT_ONCE, totals.kept - KEPT_TASKS)
-    if most <= 0:
-        return Outcome()
-    forgotten = list(tables.with_old_keys(totals.now - KEY_GRACE_MS, most))
-    for task in forgotten:
-        _drop(tables, task)
-    return Outcome(count=len(forgotten))
 
 
 def _begin(tables: Tables, command: Begin) -> Outcome:
@@ -417,7 +415,7 @@ def _end(
         code=code,
         message=message,
     )
-    _count(totals, task.state, 1)
+    count_kept(totals, task.state, 1)
     tables.end(task, result)
     if result is not None:
         totals.result_bytes += len(result)
@@ -425,17 +423,6 @@ def _end(
             totals.result_bytes -= tables.drop_result(totals.results)
             totals.results += 1
     return task
-
-
-def _drop(tables: Tables, task: LedgerTask) -> None:
-    totals = tables.totals
-    totals.result_bytes -= tables.drop_result(task.ended)
-    _count(totals, task.state, -1)
-    tables.forget(task)
-
-
-def _count(totals: Totals, state: State, by: int) -> None:
-    setattr(totals, state.value, getattr(totals, state.value) + by)
 
 
 def _is_taken(tables: Tables, id: bytes, submitter: bytes) -> bool:
@@ -464,7 +451,9 @@ def _full(
             return _refused(Code.RATE_LIMITED, why, "wait for some to end", task)
     if tables.totals.kept + tables.usage(b"").tasks + tasks > MAX_TASKS:
         why = f"the ledger keeps {tables.totals.kept} tasks that have ended, until their keys expire"
-        return _refused(Code.RATE_LIMITED, why, "wait, or give keys less time", task)
+        return _refused(
+            Code.RATE_LIMITED, why, "wait, or submit without --key: those are forgotten earlier", task
+        )
     return None
 
 

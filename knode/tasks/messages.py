@@ -14,6 +14,7 @@ from knode.tasks.commands import (
     Considered,
     Fence,
     File,
+    Hash,
     Key,
     MemberId,
     Milliseconds,
@@ -133,7 +134,7 @@ class ListEffects(msgspec.Struct, frozen=True, array_like=True):
     """The operations that tasks have left, in their order. Answered by `Effects`."""
 
     after: Count
-    """Number of the last one of the page before; 0 for the first page."""
+    """Place of the last one of the page before; 0 for the first page."""
     task: Selector | None = None
     """Only what this task left."""
 
@@ -189,8 +190,14 @@ class Explanation(msgspec.Struct, frozen=True, array_like=True):
 class Effect(msgspec.Struct, frozen=True, array_like=True):
     """An operation that a task left."""
 
+    place: Count
+    """Among all that are or were kept, from 1 on."""
+    incarnation: Hash
+    """In whose stream it stands."""
     sequence: Count
-    """Its place in the cell's stream."""
+    """Its number there, from 1 on."""
+    time: Count
+    """When it took effect, by the ledger's time: milliseconds."""
     task: TaskId
     attempt: Count
     operation: Annotated[bytes, msgspec.Meta(max_length=MAX_OPERATION_BYTES)]
@@ -202,6 +209,10 @@ class Effects(msgspec.Struct, frozen=True, array_like=True):
     effects: Annotated[tuple[Effect, ...], msgspec.Meta(max_length=MAX_EFFECTS)]
     next: Count | None
     """`after` of the next page; None: there is none."""
+    first: Count
+    """Place of the oldest that is kept, or of the next to come: those before it were dropped."""
+    since: Count
+    """When that took effect; 0 when none is kept."""
 
 
 # Durable tasks: between the leader and the members that run attempts.

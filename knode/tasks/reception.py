@@ -68,7 +68,6 @@ PAGE_BYTES = 160 * 1024
 """Of results, or of operations, in one answer; with all else it fits a message."""
 LISTED_RESULT_BYTES = 4 * 1024
 """Larger results are shown one by one."""
-SCANNED_AT_ONCE = 1000
 WAITING_AT_ONCE = 256
 
 
@@ -269,17 +268,12 @@ class Reception:
         await self._replica.barrier(deadline=asked.deadline)
         self._check_leads()
         only = None if request.task is None else (await self._store.find(request.task)).task.id
-        operations = await self._store.operations(request.after, SCANNED_AT_ONCE)
-        effects, size = list[Effect](), 0
-        for operation in operations:
-            if only is not None and operation.task != only:
-                continue
-            size += len(operation.data) + 64
-            if effects and (size > PAGE_BYTES or len(effects) == MAX_EFFECTS):
-                return Effects(tuple(effects), effects[-1].sequence)
-            effects.append(Effect(operation.number, operation.task, operation.attempt, operation.data))
-        is_last = len(operations) < SCANNED_AT_ONCE
-        return Effects(tuple(effects), None if is_last else operations[-1].number)
+        page = await self._store.operations(request.after, MAX_EFFECTS, task=only, most_bytes=PAGE_BYTES)
+        effects = (
+            Effect(each.place, each.incarnation, each.number, each.time, each.task, each.attempt, each.data)
+            for each in page.found
+        )
+        return Effects(tuple(effects), page.next, page.first, page.since)
 
     async def _fates(self, asked: Asked, request: AskFates) -> Fates:
         await self._replica.barrier(deadline=asked.deadline)

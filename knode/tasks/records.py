@@ -96,6 +96,8 @@ class TaskRecord(Struct, frozen=True):
 class Operation(Struct, frozen=True):
     """An operation of the cell's stream."""
 
+    place: int
+    """Among those of all incarnations, from 1 on, without gap."""
     incarnation: bytes
     number: int
     """In the stream of that incarnation, from 1 on, without gap."""
@@ -103,6 +105,18 @@ class Operation(Struct, frozen=True):
     task: bytes
     attempt: int
     data: bytes
+
+
+class Operations(Struct, frozen=True):
+    """Operations in their order, a page of them."""
+
+    found: tuple[Operation, ...]
+    next: int | None
+    """The place after which the next page begins; None: there is none."""
+    first: int
+    """Place of the oldest that is kept, or of the next to come: those before it were dropped."""
+    since: int
+    """Time of the oldest that is kept; 0 when none is."""
 
 
 class Totals(Struct, array_like=True, forbid_unknown_fields=True):
@@ -131,6 +145,8 @@ class Totals(Struct, array_like=True, forbid_unknown_fields=True):
     """`ended` of the oldest whose result is kept, or of the next."""
     result_bytes: int = 0
     operation_bytes: int = 0
+    forgotten: int = 0
+    """The greatest `not_after` of a task that was forgotten before; see `knode.tasks.forgetting`."""
 
     @property
     def kept(self) -> int:
@@ -171,7 +187,7 @@ class Outcome(Struct, frozen=True):
     is_new: bool = False
     """Whether a submit made this task now."""
     count: int = 0
-    """How many tasks an Expire, a Forget or a Begin changed."""
+    """How many tasks an Expire or a Begin changed; how many tasks and operations a Forget dropped."""
 
     def check(self) -> None:
         """Return when it was done; else raise the KnodeError that says why not."""
@@ -222,6 +238,18 @@ class Tables(Protocol):
 
     def with_old_keys(self, before: int, limit: int) -> Iterable[LedgerTask]:
         """Return up to `limit` tasks that have ended and whose `not_after` is less, the least first."""
+        ...
+
+    def without_keys(self, before: int, limit: int) -> Iterable[LedgerTask]:
+        """Return as `with_old_keys` tasks whose key is their own id."""
+        ...
+
+    def oldest_operations(self, limit: int) -> Iterable[tuple[int, int, bytes, int]]:
+        """Return up to `limit` operations, the oldest first: place of all, time, task, bytes."""
+        ...
+
+    def drop_operations(self, last: int) -> None:
+        """Drop all operations up to this place."""
         ...
 
     def forget(self, task: LedgerTask) -> None:

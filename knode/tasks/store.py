@@ -17,7 +17,7 @@ from knode.tasks import dump, tables
 from knode.tasks.applying import Fault, Met, apply_all, apply_each
 from knode.tasks.commands import decode_command
 from knode.tasks.lifecycle import State
-from knode.tasks.records import Change, LedgerTask, Operation, Outcome, TaskRecord, Totals
+from knode.tasks.records import Change, LedgerTask, Operations, Outcome, TaskRecord, Totals
 from knode.tasks.tables import MIGRATIONS, Held
 from knode.world import Log, SilentLog, World
 
@@ -192,15 +192,29 @@ class LedgerStore:
         )
 
     async def operations(
-        self, after: int, limit: int, *, incarnation: bytes | None = None
-    ) -> Sequence[Operation]:
-        """Return up to `limit` operations with numbers over `after`, of the present incarnation's stream or
-        another's."""
-        stream = self.incarnation if incarnation is None else incarnation
+        self,
+        after: int = 0,
+        limit: int = MAX_OPERATIONS_READ,
+        *,
+        task: bytes | None = None,
+        most_bytes: int = MAX_LISTED_BYTES,
+    ) -> Operations:
+        """Return operations of all incarnations in their order, or those of one task.
+
+        Args:
+            after: `place` of the last one of the page before; 0: from the first on.
+            limit: at most MAX_OPERATIONS_READ.
+            task: whose alone.
+            most_bytes: of their data, but for the first's; the page ends before it is over.
+        """
         most = min(limit, MAX_OPERATIONS_READ)
         return await self._database.read(
-            lambda connection: tables.read_operations(connection, stream, after, most)
+            partial(tables.read_operations, after=after, limit=most, most_bytes=most_bytes, task=task)
         )
+
+    async def has_operations_before(self, time: int) -> bool:
+        """Tell whether there are operations older than this time of the ledger."""
+        return await self._database.read(partial(tables.is_operation_before, time=time))
 
     # The state machine.
 

@@ -6,6 +6,7 @@ that lies apart until its transaction is durable; when it fails, nothing has cha
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any
@@ -17,7 +18,7 @@ from knode.errors import Code, LocalError
 from knode.klp.codec import Decoder, encode
 from knode.tasks.commands import Considered, Fence, NewTask
 from knode.tasks.lifecycle import State
-from knode.tasks.records import Change, LedgerTask, Operation, TaskRecord, Totals, Usage
+from knode.tasks.records import Change, LedgerTask, Operation, Operations, TaskRecord, Totals, Usage
 
 MIGRATIONS = (
     """
@@ -43,6 +44,11 @@ CREATE TABLE incarnation (number INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE,
 CREATE TABLE operation (place INTEGER PRIMARY KEY, time INTEGER NOT NULL, task BLOB NOT NULL,
     attempt INTEGER NOT NULL, data BLOB NOT NULL) STRICT;
 INSERT INTO incarnation (number, hash, first_operation) VALUES (-1, zeroblob(32), 1);
+""",
+    """
+ALTER TABLE totals ADD COLUMN forgotten INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX task_without_key ON task (not_after) WHERE ended > 0 AND key = lower(hex(id));
+CREATE INDEX operation_by_task ON operation (task);
 """,
 )
 
@@ -72,6 +78,10 @@ _OLD_KEYS = (
     f"{_SELECT} INDEXED BY task_by_not_after WHERE not_after < ? AND ended > 0"
     " ORDER BY not_after, number LIMIT ?"
 )
+_WITHOUT_KEYS = (
+    f"{_SELECT} INDEXED BY task_without_key WHERE ended > 0 AND key = lower(hex(id)) AND not_after < ?"
+    " ORDER BY not_after, number LIMIT ?"
+)
 _OLDEST = "SELECT not_after FROM task INDEXED BY task_by_not_after WHERE ended > 0 ORDER BY not_after LIMIT 1"
 _LIVE = f"{_SELECT} WHERE ended = 0 ORDER BY number"
 INSERT_TASK = (
@@ -87,11 +97,13 @@ SAVE_TOTALS = (
 )
 _LOAD_TOTALS = f"SELECT {names(_TOTALS_COLUMNS)} FROM totals"
 
-# Where a stream begins, and where the next one does.
-_STREAM = (
-    "SELECT first_operation FROM incarnation"
-    " WHERE number >= (SELECT number FROM incarnation WHERE hash = ?) ORDER BY number LIMIT 2"
+_OPERATIONS = "SELECT place, time, task, attempt, data FROM operation WHERE place > ? ORDER BY place LIMIT ?"
+# The rows of one task lie in the index in the order of their places.
+_OPERATIONS_OF = (
+    "SELECT place, time, task, attempt, data FROM operation INDEXED BY operation_by_task"
+    " WHERE task = ? AND place > ? ORDER BY place LIMIT ?"
 )
+_STREAMS = "SELECT first_operation, hash FROM incarnation ORDER BY first_operation, number"
 
 _asked: Decoder[NewTask] = Decoder(NewTask)
 _considered: Decoder[tuple[Considered, ...]] = Decoder(tuple[Considered, ...])
@@ -172,6 +184,16 @@ class Batch:
         """Return tasks whose keys have expired."""
         return [task_of(row) for row in self._execute(_OLD_KEYS, (before, limit))]
 
+    def without_keys(self, before: int, limit: int) -> list[LedgerTask]:
+        """Return tasks that have no key of their own."""
+        return [task_of(row) for row in self._execute(_WITHOUT_KEYS, (before, limit))]
+
+    def oldest_operations(self, limit: int) -> list[tuple[int, int, bytes, int]]:
+        """Return the oldest operations."""
+        query = "SELECT place, time, task, length(data) FROM operation ORDER BY place LIMIT ?"
+        rows: list[Row] = self._execute(query, (limit,)).fetchall()
+        return [(place, time, task, size) for place, time, task, size in rows]
+
     # Writing.
 
     def add(self, task: LedgerTask, asked: NewTask, considered: tuple[Considered, ...]) -> None:
@@ -217,6 +239,10 @@ class Batch:
             "INSERT INTO operation (place, time, task, attempt, data) VALUES (?, ?, ?, ?, ?)",
             (place, time, fence.task, fence.attempt, data),
         )
+
+    def drop_operations(self, last: int) -> None:
+        """Drop the oldest operations."""
+        self._execute("DELETE FROM operation WHERE place <= ?", (last,))
 
     def has_begun(self, incarnation: bytes) -> bool:
         """Tell whether an incarnation is known."""
@@ -306,23 +332,31 @@ def read_tasks(connection: apsw.Connection, before: int, limit: int, most_bytes:
 
 
 def read_operations(
-    connection: apsw.Connection, incarnation: bytes, after: int, limit: int
-) -> list[Operation]:
-    """Return up to `limit` operations of an incarnation's stream with numbers over `after`."""
-    rows: list[Row] = connection.execute(_STREAM, (incarnation,)).fetchall()
-    if not rows:
-        return []
-    first = rows[0][0]
-    end = rows[1][0] if len(rows) > 1 else 2**62
-    found: Iterable[Row] = connection.execute(
-        "SELECT place, time, task, attempt, data FROM operation"
-        " WHERE place >= ? AND place < ? ORDER BY place LIMIT ?",
-        (first + after, end, limit),
-    )
-    return [
-        Operation(incarnation, place - first + 1, time, task, attempt, data)
-        for place, time, task, attempt, data in found
-    ]
+    connection: apsw.Connection, after: int, limit: int, most_bytes: int, task: bytes | None
+) -> Operations:
+    """Return operations of all incarnations, or what is left of one task's; see `LedgerStore.operations`."""
+    firsts, streams = zip(*connection.execute(_STREAMS), strict=True)
+    query, parameters = (_OPERATIONS, ()) if task is None else (_OPERATIONS_OF, (task,))
+    found: list[Operation] = []
+    next: int | None = None
+    for place, time, whose, attempt, data in connection.execute(query, (*parameters, after, limit + 1)):
+        most_bytes -= len(data)
+        if found and (most_bytes < 0 or len(found) == limit):
+            next = found[-1].place
+            break
+        # Of several that begin here all but the last are empty.
+        at = bisect_right(firsts, place) - 1
+        number = place - firsts[at] + 1
+        found.append(Operation(place, streams[at], number, time, whose, attempt, data))
+    oldest = connection.execute("SELECT place, time FROM operation ORDER BY place LIMIT 1").fetchone()
+    first, since = oldest or (read_totals(connection).operations + 1, 0)
+    return Operations(tuple(found), next, first, since)
+
+
+def is_operation_before(connection: apsw.Connection, time: int) -> bool:
+    """Tell whether the oldest operation is older than this."""
+    oldest = connection.execute("SELECT time FROM operation ORDER BY place LIMIT 1").fetchone()
+    return oldest is not None and oldest[0] < time
 
 
 def _use(usage: dict[bytes, Usage], task: LedgerTask, sign: int) -> None:

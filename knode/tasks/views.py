@@ -101,6 +101,9 @@ def effect_document(effect: Effect) -> dict[str, Any]:
         "task": effect.task.hex(),
         "attempt": effect.attempt,
         "operation": _operation(effect.operation),
+        "place": effect.place,
+        "incarnation": effect.incarnation.hex(),
+        "time": effect.time,
     }
 
 

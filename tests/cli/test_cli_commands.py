@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -178,10 +179,21 @@ def test_an_explanation_shows_every_node_and_effects_every_operation(knode: Any,
     lines = knode("task", "explain", "01").out.splitlines()
     assert ["waits", "for", "a", "free", "place"] in [line.split() for line in lines]
     assert [line.split() for line in lines[-2:]] == [["pi", "100", "-"], ["nas", "-", "its", "role"]]
-    daemon.results["task.effects"] = [{"sequence": 7, "task": "01TASK", "attempt": 1, "operation": "x"}]
-    assert knode("task", "effects").out.splitlines()[1].split() == ["7", "01TASK", "1", "x"]
+    effect = {"place": 9, "sequence": 7, "task": "01TASK", "attempt": 1, "operation": "x", "time": 0}
+    daemon.results["task.effects"] = [effect]
+    assert re.fullmatch(
+        r"9 +(1970-01-01|1969-12-31) \d\d:\d\d:\d\d +01TASK +1 +x",
+        knode("task", "effects").out.splitlines()[1],
+    )
     knode("task", "effects", "01")
-    assert last_params(daemon) == {"task": "01"}
+    assert last_params(daemon) == {"task": "01", "after": 0}
+    daemon.steps["task.effects"] = [{"dropped": 8, "since": 0}, {"next": 9}]
+    run = knode("task", "effects", "--after", "4", "--json", "--quiet")
+    assert last_params(daemon) == {"after": 4}
+    assert json.loads(run.out) == [effect]
+    dropped, more = run.err.splitlines()
+    assert dropped.startswith("note: the first 8 operations are dropped; kept are those since 19")
+    assert more == "note: there are more: '--after 9' shows them"
 
 
 def test_input_comes_from_a_file(knode: Any, daemon: Any, tmp_path: Path) -> None:

@@ -155,6 +155,9 @@ async def test_without_a_quorum_a_submit_is_pending_and_done_once_when_it_is_bac
     with pytest.raises(KnodeError, match="under the key sure") as refused:
         await desk.node.durable.submit(Request(COMMAND, b"say sure", key="sure"), keep=False)
     assert refused.value.code is Code.UNAVAILABLE
+    with pytest.raises(KnodeError, match="submit it again with '--key again-") as refused:
+        await desk.node.durable.submit(Request(COMMAND, b"say unsure"), keep=False)
+    assert refused.value.code is Code.UNAVAILABLE
     known = await desk.node.durable.tasks()
     assert not known.is_confirmed
     assert [view.id for view in known.tasks] == [done.id]

@@ -12,6 +12,7 @@ from trio.testing import MockClock
 from knode.consensus.electorate import Votes
 from knode.errors import Code, KnodeError
 from knode.mesh.statements import Role
+from knode.tasks import forgetting
 from knode.tasks.commands import Bundle, Fence
 from knode.tasks.durable import Request
 from knode.tasks.inputs import ASK_EVERY_S
@@ -39,7 +40,7 @@ async def settled(host: Host, task: bytes) -> TaskView:
 
 
 async def effects_of(host: Host, task: bytes) -> list[bytes]:
-    return [effect.operation for effect in await host.node.durable.effects(task)]
+    return [effect.operation for effect in (await host.node.durable.effects(task)).effects]
 
 
 async def three(cell: Cell, **settings: str) -> tuple[Host, Host, Host]:
@@ -184,7 +185,7 @@ async def test_every_acknowledged_task_ends_once_though_the_whole_cell_loses_pow
         await cell.until_whole()
     ended = [await settled(hosts[0], task.id) for task in tasks]
     assert {view.state for view in ended} == {State.SUCCEEDED}
-    everything = [effect.operation for effect in await hosts[0].node.durable.effects()]
+    everything = [effect.operation for effect in (await hosts[0].node.durable.effects()).effects]
     assert sorted(everything) == [str(number).encode() for number in range(9)]
     await cell.until(lambda: all(len(host.node.attempts) == 0 for host in hosts))
     for host in hosts:
@@ -226,7 +227,29 @@ async def test_a_task_follows_another_once(autojump_clock: MockClock, cell: Cell
     assert len(found) == 2
     for view in found:
         assert (await settled(desk, view.id)).state is State.SUCCEEDED
-    assert [effect.operation for effect in await desk.node.durable.effects()] == [b"1", b"2"]
+    assert [effect.operation for effect in (await desk.node.durable.effects()).effects] == [b"1", b"2"]
+
+
+async def test_the_leader_soon_lets_the_ledger_forget_what_is_too_much(
+    autojump_clock: MockClock, cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forgetting, "KEPT_TASKS", 2)
+    monkeypatch.setattr(forgetting, "CROWDED_TASKS", 3)
+    monkeypatch.setattr(forgetting, "KEPT_OPERATION_BYTES", 4)
+    desk = await cell.add("desk")
+    await cell.until(lambda: desk.node.ledger.level == forgetting.LEVEL)
+    for number in range(10):
+        task = await submit(desk, f'leave {{"operation": {number}}}')
+        await settled(desk, task.id)
+    page = await desk.node.durable.effects(after=3)
+    assert [(effect.place, effect.operation) for effect in page.effects[:2]] == [(4, b"3"), (5, b"4")]
+    await trio.sleep(60)
+    assert len((await desk.node.durable.tasks()).tasks) == 10, "each may still be submitted again"
+    await trio.sleep(forgetting.REMEMBERED_MS / 1000)
+    assert desk.node.ledger.totals.kept == 3
+    page = await desk.node.durable.effects()
+    assert [effect.operation for effect in page.effects] == [b"6", b"7", b"8", b"9"]
+    assert (page.first, page.since) == (7, page.effects[0].time)
 
 
 async def test_an_agents_failure_ends_the_task_and_trouble_is_tried_again(
@@ -237,7 +260,7 @@ async def test_an_agents_failure_ends_the_task_and_trouble_is_tried_again(
         task = await submit(desk, MINE, line)
         ended = await settled(desk, task.id)
         assert (ended.state, ended.code, ended.attempt) == (State.FAILED, code, attempts)
-    assert await desk.node.durable.effects() == []
+    assert (await desk.node.durable.effects()).effects == ()
 
 
 async def test_a_revoked_node_stops_its_attempts_and_another_runs_them(

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 from knode.consensus.messages import Entry, Kind
 from knode.errors import Code, KnodeError
 from knode.klp.codec import encode
-from knode.tasks import ledger
-from knode.tasks.commands import MAX_BUNDLE_BYTES, MAX_OPERATION_BYTES, Expire, File, follow_up_id
+from knode.tasks import forgetting, ledger
+from knode.tasks.commands import LEVEL, MAX_BUNDLE_BYTES, MAX_OPERATION_BYTES, Expire, File, follow_up_id
 from knode.tasks.lifecycle import State
 from knode.tasks.records import KEY_GRACE_MS, NO_INCARNATION
 
@@ -120,7 +120,7 @@ async def test_a_completion_takes_effect_once_and_is_acknowledged_as_often_as_it
         for _ in range(3):
             outcome = await c.one(complete)
             assert (outcome.code, outcome.state) == (None, State.SUCCEEDED)
-        assert [o.data for o in await c.store.operations(0, 10)] == [b"a", b"b"]
+        assert [o.data for o in (await c.store.operations()).found] == [b"a", b"b"]
         assert [task.parent for task in c.store.live.values()] == [id_of(1)]
         record = await c.store.task(id_of(1))
         assert record is not None
@@ -143,7 +143,7 @@ async def test_a_stale_fence_changes_nothing() -> None:
             outcome = await c.one(stale)
             assert outcome.code is Code.STALE_FENCE, stale
         assert c.store.live[id_of(1)] == before
-        assert list(await c.store.operations(0, 10)) == []
+        assert (await c.store.operations()).found == ()
         assert (await c.one(c.complete(1, 2, by=CARL))).code is None
         assert (await c.one(c.complete(1, 1))).code is Code.STALE_FENCE
         assert (await c.one(c.fail(1, 2, by=CARL))).code is Code.STALE_FENCE
@@ -282,7 +282,7 @@ async def test_operations_are_numbered_without_gap_with_the_entrys_time() -> Non
         await c.do(c.complete(1, operations=(b"a", b"b")))
         c.now += 7
         await c.do(c.complete(2, operations=(b"c",)))
-        operations = await c.store.operations(0, 10)
+        operations = (await c.store.operations()).found
         assert [(o.number, o.time - START, o.data) for o in operations] == [
             (1, 0, b"a"),
             (2, 0, b"b"),
@@ -290,7 +290,7 @@ async def test_operations_are_numbered_without_gap_with_the_entrys_time() -> Non
         ]
         assert {o.incarnation for o in operations} == {FIRST}
         assert [(o.task, o.attempt) for o in operations] == [(id_of(1), 1), (id_of(1), 1), (id_of(2), 1)]
-        assert [o.number for o in await c.store.operations(1, 1)] == [2]
+        assert [o.number for o in (await c.store.operations(1, 1)).found] == [2]
 
 
 async def test_follow_ups_are_the_parents_submitters_with_ids_that_follow_from_the_parent() -> None:
@@ -350,7 +350,7 @@ async def test_a_bundle_takes_effect_whole_or_not_at_all() -> None:
         ):
             assert (await c.one(refused)).code is code
             assert list(c.store.live) == [id_of(1)]
-            assert list(await c.store.operations(0, 10)) == []
+            assert (await c.store.operations()).found == ()
         assert (await c.one(c.complete(1, operations=many[1:]))).code is None
 
 
@@ -411,7 +411,7 @@ async def test_only_so_many_tasks_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
 async def test_ended_tasks_are_forgotten_when_they_are_many_and_their_keys_have_expired(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ledger, "KEPT_TASKS", 2)
+    monkeypatch.setattr(forgetting, "KEPT_TASKS", 2)
     async with cell() as c:
         for number in range(5):
             await c.do(c.submit(number, not_after=START + DAY_MS + number, to=BEN), c.complete(number))
@@ -454,8 +454,8 @@ async def test_a_new_incarnation_queues_what_was_assigned_and_makes_old_fences_s
         await c.one(c.assign(1, CARL))
         assert c.store.live[id_of(1)].fence == c.fence(1, 2)
         assert (await c.one(c.complete(1, 2, by=CARL, operations=(b"b",)))).code is None
-        assert [(o.number, o.data) for o in await c.store.operations(0, 9)] == [(1, b"b")]
-        assert [(o.number, o.data) for o in await c.store.operations(0, 9, incarnation=FIRST)] == [(1, b"a")]
+        shown = [(o.place, o.incarnation, o.number, o.data) for o in (await c.store.operations()).found]
+        assert shown == [(1, FIRST, 1, b"a"), (2, SECOND, 1, b"b")]
 
 
 async def test_an_incarnation_begins_once_and_never_goes_back() -> None:
@@ -475,7 +475,7 @@ async def test_a_newer_level_or_command_stops_this_version_before_anything_of_th
         assert (await c.one(c.raise_level(1))).code is None
         newer = Entry(1, c.store.applied + 2, Kind.COMMAND, bytes([0x91, 11]))
         known = Entry(1, c.store.applied + 1, Kind.COMMAND, encode(c.submit(1)))
-        for batch in ([known, newer], [known, replace(newer, data=encode(c.raise_level(2)))]):
+        for batch in ([known, newer], [known, replace(newer, data=encode(c.raise_level(LEVEL + 1)))]):
             with pytest.raises(KnodeError) as error:
                 await c.store.apply(batch)
             assert error.value.code is Code.HOME_TOO_NEW

@@ -27,11 +27,12 @@ from ledger_commands import (
     id_of,
     new_task,
 )
+from msgspec.structs import replace
 
 from knode.consensus.messages import Entry, Kind
 from knode.errors import Code
 from knode.klp.codec import encode
-from knode.tasks import ledger
+from knode.tasks import forgetting, ledger
 from knode.tasks.commands import (
     Assign,
     Begin,
@@ -45,23 +46,26 @@ from knode.tasks.commands import (
     FollowUp,
     Forget,
     NewTask,
+    RaiseLevel,
     Release,
     Submit,
     follow_up_id,
 )
 from knode.tasks.lifecycle import State
-from knode.tasks.records import KEY_GRACE_MS, NO_INCARNATION, Outcome
+from knode.tasks.records import KEY_GRACE_MS, NO_INCARNATION, Operation, Outcome
 
 DUMP = Path("/state/dump")
-LIVE, KEPT = 8, 3
+LIVE, KEPT, CROWDED = 8, 3, 4
+STREAM_BYTES = 6
 KINDS = (
     *("submit",) * 4,
     *("assign",) * 3,
     *("end",) * 5,
     *("release", "cancel", "expire", "forget", "begin"),
 )
-STEPS_MS = (*(0, 1, 500, 2000, -300) * 6, DAY_MS, 3 * DAY_MS)
+STEPS_MS = (*(0, 1, 500, 2000, -300) * 6, *(1_000_000,) * 3, DAY_MS, 3 * DAY_MS, 31 * DAY_MS)
 ASKED = (new_task(b"one", attempts=2), new_task(b"two", deadline_ms=5_000), new_task(b"three", on=BEN))
+ANY = 0
 OVER = {State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED}
 
 
@@ -93,7 +97,12 @@ class Model:
     number: int = -1
     begun: set[bytes] = field(default_factory=lambda: {NO_INCARNATION})
     things: dict[bytes, Thing] = field(default_factory=dict)
-    operations: list[tuple[bytes, bytes]] = field(default_factory=list)
+    operations: list[tuple[bytes, bytes, int, bytes]] = field(default_factory=list)
+    """Incarnation, task, time, data."""
+    dropped: int = 0
+    """How many of the first operations are kept no longer."""
+    level: int = 1
+    forgotten: int = 0
 
     def live(self, submitter: bytes | None = None) -> list[bytes]:
         return [
@@ -152,7 +161,8 @@ class Model:
                     return Code.RATE_LIMITED, fence.task
                 thing.state = State.SUCCEEDED
                 thing.completions += 1
-                self.operations += [(self.incarnation, data) for data in bundle.operations]
+                stream = (self.incarnation, fence.task, self.now)
+                self.operations += [(*stream, data) for data in bundle.operations]
                 for place, wanted in enumerate(bundle.follow_ups):
                     id = follow_up_id(fence.task, place)
                     self.add(id, thing.submitter, id.hex(), self.now + DAY_MS, wanted.task, thing.depth + 1)
@@ -189,6 +199,16 @@ class Model:
                 old.sort(key=lambda id: self.things[id].not_after)
                 for id in old[: max(0, len(over) - KEPT)]:
                     del self.things[id]
+                if self.level > 1:
+                    early = [id for id in over if id in self.things and self.may_go_early(id)]
+                    early.sort(key=lambda id: self.things[id].not_after)
+                    kept = sum(thing.state in OVER for thing in self.things.values())
+                    for id in early[: max(0, kept - CROWDED)]:
+                        self.forget_early(id)
+                    self.trim()
+                return None, b""
+            case RaiseLevel(level=level):
+                self.level = max(self.level, level)
                 return None, b""
             case Begin(number=number, incarnation=incarnation):
                 if (number, incarnation) == (self.number, self.incarnation):
@@ -203,6 +223,28 @@ class Model:
                 return None, b""
         raise AssertionError(command)
 
+    def may_go_early(self, id: bytes) -> bool:
+        thing = self.things[id]
+        early = self.now + DAY_MS - forgetting.REMEMBERED_MS
+        return thing.state in OVER and thing.key == id.hex() and thing.not_after < early
+
+    def forget_early(self, id: bytes) -> None:
+        self.forgotten = max(self.forgotten, self.things.pop(id).not_after)
+
+    def trim(self) -> None:
+        for _, id, time, _ in self.operations[self.dropped :]:
+            is_over = sum(len(data) for *_, data in self.operations[self.dropped :]) > STREAM_BYTES
+            thing = self.things.get(id)
+            if thing is not None and is_over and thing.state in OVER:
+                if self.now > thing.not_after + KEY_GRACE_MS:
+                    del self.things[id]
+                elif self.may_go_early(id):
+                    self.forget_early(id)
+            is_old = time < self.now - forgetting.KEPT_OPERATIONS_MS
+            if id in self.things or not (is_over or is_old):
+                return
+            self.dropped += 1
+
     def submit(self, command: Submit) -> tuple[Code | None, bytes]:
         mine = (command.submitter, command.key, command.task)
         for id, thing in self.things.items():
@@ -215,6 +257,8 @@ class Model:
             same = (twin.submitter, twin.key, twin.asked) == mine
             return (None if same else Code.KEY_CONFLICT), command.id
         if command.not_after <= self.now:
+            return Code.EXPIRED, b""
+        if command.key == command.id.hex() and command.not_after <= self.forgotten:
             return Code.EXPIRED, b""
         if command.assignment is not None and command.task.on not in (b"", command.assignment.member):
             return Code.INVALID_ARGUMENT, b""
@@ -282,7 +326,7 @@ def draw_command(draw: st.DataObject, model: Model, now: int) -> Command:
     if kind == "expire":
         return Expire(now, tuple(ids))
     if kind == "forget":
-        return Forget(now)
+        return some([Forget(now)] * 5 + [RaiseLevel(now, 2)])  # type: ignore[return-value]
     return Begin(now, *some([(0, FIRST), (0, FIRST), (0, SECOND), (1, SECOND), (2, FIRST[::-1])]))  # type: ignore[misc]
 
 
@@ -312,11 +356,19 @@ async def check_whole(c: Cell, model: Model) -> None:
     states = Counter(thing.state for thing in model.things.values())
     assert {state: count for state, count in c.store.counts.items() if count} == dict(states)
     assert all(thing.completions == (thing.state is State.SUCCEEDED) for thing in model.things.values())
-    for incarnation in {incarnation for incarnation, _ in model.operations} | {c.store.incarnation}:
-        found = await c.store.operations(0, 1000, incarnation=incarnation)
-        wanted = [data for stream, data in model.operations if stream == incarnation]
-        assert [operation.data for operation in found] == wanted
-        assert [operation.number for operation in found] == list(range(1, len(wanted) + 1))
+    numbers, wanted = Counter[bytes](), []
+    for place, (incarnation, task, time, data) in enumerate(model.operations, 1):
+        numbers[incarnation] += 1
+        wanted.append(Operation(place, incarnation, numbers[incarnation], time, task, ANY, data))
+    page = await c.store.operations()
+    kept = wanted[model.dropped :]
+    assert [replace(one, attempt=ANY) for one in page.found] == kept
+    assert (page.next, page.first, page.since) == (None, model.dropped + 1, kept[0].time if kept else 0)
+    assert c.store.totals.operation_bytes == sum(len(one.data) for one in kept)
+    for task in {one.task for one in kept}:
+        of_task = (await c.store.operations(task=task)).found
+        assert [replace(one, attempt=ANY) for one in of_task] == [one for one in kept if one.task == task]
+    assert {one.task for one in wanted[: model.dropped]}.isdisjoint(model.things), "younger than its task"
 
 
 @settings(
@@ -330,7 +382,9 @@ async def test_any_history_does_what_the_model_says_however_it_is_cut_into_batch
     entries: list[Entry] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "MAX_LIVE_TASKS", LIVE)
-        patch.setattr(ledger, "KEPT_TASKS", KEPT)
+        patch.setattr(forgetting, "KEPT_TASKS", KEPT)
+        patch.setattr(forgetting, "CROWDED_TASKS", CROWDED)
+        patch.setattr(forgetting, "KEPT_OPERATION_BYTES", STREAM_BYTES)
         patch.setattr(ledger, "KEPT_RESULT_BYTES", 30)
         async with cell() as one, cell() as other, cell() as moved:
             for _ in range(draw.draw(st.integers(1, 50))):

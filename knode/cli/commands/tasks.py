@@ -121,10 +121,21 @@ def explain_task(context: typer.Context, task: Task) -> None:
 def list_effects(
     context: typer.Context,
     task: Annotated[str | None, typer.Argument(help="A task's id, or the beginning of it; else all.")] = None,
+    after: Annotated[int, typer.Option(min=0, help="Only what took effect behind this place.")] = 0,
 ) -> None:
     """Show what tasks have left, in the order in which it took effect, each once."""
     session = session_of(context)
-    session.show(session.call("task.effects", {} if task is None else {"task": task}), render.effects)
+
+    def note(progress: dict[str, Any]) -> None:
+        if "dropped" in progress:
+            since = progress["since"]
+            kept = "none is kept" if since is None else f"kept are those since {render.moment(since)}"
+            session.warn(f"note: the first {progress['dropped']} operations are dropped; {kept}")
+        if "next" in progress:
+            session.warn(f"note: there are more: '--after {progress['next']}' shows them")
+
+    params: dict[str, Any] = {"after": after} if task is None else {"task": task, "after": after}
+    session.show(session.call("task.effects", params, note), render.effects)
 
 
 @task.command("watch")
