@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import trio
 
 from knode.consensus.backlog import Backlog
+from knode.consensus.inbox import Inbox, share_of
 from knode.consensus.installation import DISK_TAKES_NOTHING, Installation, Received
 from knode.consensus.journal import Journal
 from knode.consensus.messages import (
@@ -45,8 +46,9 @@ from knode.world import Log, Monotonic, Turns, World
 T = TypeVar("T")
 
 TICK_S = 0.1
-INBOX_MESSAGES = 4096
-INBOX_BYTES = 32 * 1024 * 1024
+INBOX_MESSAGES = 1024
+INBOX_BYTES = 6 * 1024 * 1024
+"""What of one replica waits to be taken in: more than a leader has under way to a follower."""
 WAITING_READIES = 1024
 """So many wait for the disk at once; more, and the replica stands still until it has caught up."""
 UNAPPLIED_BYTES = 32 * 1024 * 1024
@@ -90,8 +92,7 @@ class Driver:
         self._log = log
         self._send: Callable[[Sequence[Message]], None] = lambda messages: None
         self._work = trio.Event()
-        self._inbox: deque[tuple[Message, int]] = deque()
-        self._inbox_bytes = 0
+        self._inbox: Inbox[Message] = Inbox(INBOX_MESSAGES, INBOX_BYTES)
         self._received: Received | None = None
         self._undurable: deque[tuple[Ready, Received | None]] = deque()
         self._disk_work = trio.Event()
@@ -173,13 +174,11 @@ class Driver:
         return self._applied.index
 
     def receive(self, message: Message, size_bytes: int) -> None:
-        """Take a message of another replica, or drop it when too many wait or the disk takes nothing."""
-        full = len(self._inbox) >= INBOX_MESSAGES or self._inbox_bytes + size_bytes > INBOX_BYTES
-        if full or self._stands_still or self._ended:
+        """Take a message of another replica, or drop it: too many of it wait, or the disk takes nothing."""
+        share = share_of(self.raft.configuration, message.source)
+        if self._stands_still or self._ended or not self._inbox.put(share, message, size_bytes):
             self.dropped += 1
             return
-        self._inbox.append((message, size_bytes))
-        self._inbox_bytes += size_bytes
         self._work.set()
 
     async def install(self, received: Received) -> None:
@@ -312,12 +311,9 @@ class Driver:
         if self._stands_still:
             self.dropped += len(self._inbox)
             self._inbox.clear()
-            self._inbox_bytes = 0
             return
         while self._inbox:
-            message, _ = self._inbox.popleft()
-            self.raft.receive(message)
-        self._inbox_bytes = 0
+            self.raft.receive(self._inbox.take())
         self._ask_next_read()
         self._advance()
         self._consider_received()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from knode.consensus.envelope import (
     envelopes,
     refusals,
 )
+from knode.consensus.inbox import Inbox, share_of
 from knode.consensus.messages import InstallSnapshot, Message, ReplicaId
 from knode.consensus.standing import Standing
 from knode.consensus.transfer import Transfers
@@ -35,8 +36,9 @@ from knode.mesh.peer import Peer
 from knode.mesh.peers import Peers
 from knode.world import Log, World
 
-UNRECORDED = 256
-"""Messages that wait until it is recorded what their senders have shown."""
+UNRECORDED = 64
+UNRECORDED_BYTES = 1024 * 1024
+"""Messages of one replica that wait until it is recorded what their senders have shown."""
 TOLD_AGAIN_S = 1.0
 
 
@@ -67,7 +69,7 @@ class Post:
         self._member_log = MemberLog(world.clock, log)
         self._dropped = dropped
         self._transfers = Transfers(world, files, driver, log, peer_of=self._peer_of, envelope=self._envelope)
-        self._unrecorded: deque[Envelope | Refused] = deque()
+        self._unrecorded: Inbox[Envelope | Refused] = Inbox(UNRECORDED, UNRECORDED_BYTES)
         self._record_work = trio.Event()
         self._tell_at: dict[bytes, float] = {}
         """By raw key: when it may be told again why it is refused."""
@@ -110,7 +112,7 @@ class Post:
                 self._driver.receive(message, len(body))
             case None:
                 Started(message.source, envelope.start, envelope.boot).check(key, envelope.proof)
-                self._queue(envelope)
+                self._queue(message.source, envelope, len(body))
             case False:
                 self._refuse(key, message.source)
 
@@ -124,7 +126,7 @@ class Post:
         if refused.replica == self._standing.replica_id and refused.start >= self._standing.start:
             own = self._membership.key.public
             Started(refused.replica, refused.start, refused.boot).check(own, refused.proof)
-            self._queue(refused)
+            self._queue(refused.replica, refused, len(body))
 
     async def take_state(self, call: Call, offer: Offer) -> None:
         """Take a whole state that comes on a request's stream; see `Transfers.receive`.
@@ -186,9 +188,8 @@ class Post:
             return False
         return True
 
-    def _queue(self, item: Envelope | Refused) -> None:
-        if len(self._unrecorded) < UNRECORDED:
-            self._unrecorded.append(item)
+    def _queue(self, about: ReplicaId, item: Envelope | Refused, size_bytes: int) -> None:
+        if self._unrecorded.put(share_of(self._driver.raft.configuration, about), item, size_bytes):
             self._record_work.set()
         else:
             self._dropped["not recorded"] += 1
@@ -198,7 +199,7 @@ class Post:
         while True:
             while self._unrecorded:
                 try:
-                    await self._take_recorded(self._unrecorded.popleft())
+                    await self._take_recorded(self._unrecorded.take())
                 except KnodeError as error:
                     self._dropped["not recorded"] += 1
                     self._log.warning("a replica's start cannot be recorded", why=str(error))

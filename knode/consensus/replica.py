@@ -169,6 +169,15 @@ class Replica:
         return self._state_machine.applied
 
     @property
+    def dropped_messages(self) -> Counter[str]:
+        """How many messages were not sent, not taken, or of no effect, by reason."""
+        life = self._life
+        if life is None:
+            return self.dropped
+        mine = {"too many": life.driver.dropped, "contradictory": life.driver.raft.contradictions}
+        return self.dropped + Counter(mine)
+
+    @property
     def raft(self) -> Raft | None:
         """The core, to look at; None when this node takes no part."""
         return self._life.driver.raft if self._life is not None else None
@@ -346,6 +355,7 @@ class Replica:
                         await self._stop(life.standing, error)
                     nursery.cancel_scope.cancel()
         finally:
+            self.dropped = self.dropped_messages
             self._life = None
             self._ended_life.set()
 

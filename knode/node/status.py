@@ -142,7 +142,7 @@ def _durable(node: Node) -> dict[str, Any]:
         "held_files": files,
         "held_file_bytes": file_bytes,
         "refused_ends": dict(node.reception.refused),
-        "dropped_messages": dict(node.replica.dropped),
+        "dropped_messages": dict(node.replica.dropped_messages),
         "faults": node.ledger.faults,
     }
 

@@ -32,6 +32,7 @@ from knode.consensus.messages import (
     Vote,
     VoteReply,
 )
+from knode.consensus.post import UNRECORDED
 from knode.consensus.transfer import MAX_STATE_BYTES
 from knode.errors import Code
 from knode.klp.codec import encode
@@ -308,9 +309,53 @@ async def test_a_flood_is_dropped_and_counted_and_the_cell_goes_on(
     beat = HeartbeatReply(leader.replica.term, follower.replica_id, leader.replica_id, 0)
     for _ in range(2 * INBOX_MESSAGES):
         driver.receive(beat, 100)
-    assert driver.dropped >= INBOX_MESSAGES
+    assert driver.dropped == INBOX_MESSAGES
+    assert leader.replica.dropped_messages["too many"] == INBOX_MESSAGES
     await leader.propose("one")
     await replicas.until_equal()
+
+
+async def test_a_flood_crowds_out_nobody_else(autojump_clock: MockClock, replicas: ReplicaCell) -> None:
+    """Not even one under ever other replica ids."""
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    flooder, other = (node for node in nodes if node is not leader)
+    driver = leader.driver
+
+    def beat(source: bytes) -> HeartbeatReply:
+        return HeartbeatReply(leader.replica.term, source, leader.replica_id, 0)
+
+    for number in range(2 * INBOX_MESSAGES):
+        driver.receive(beat(flooder.replica_id), 100)
+        driver.receive(beat(flooder.replica_id[:32] + number.to_bytes(8, "big")), 100)
+    assert driver.dropped == 2 * INBOX_MESSAGES
+    for _ in range(INBOX_MESSAGES):
+        driver.receive(beat(other.replica_id), 100)
+    assert driver.dropped == 2 * INBOX_MESSAGES
+    await leader.propose("one")
+    await replicas.until_equal()
+
+
+async def test_starts_that_are_made_up_keep_nobody_else_from_being_recorded(
+    autojump_clock: MockClock, replicas: ReplicaCell
+) -> None:
+    nodes = await replicas.grow(3)
+    leader = await replicas.leader()
+    flooder, other = (node for node in nodes if node is not leader)
+    beat = HeartbeatReply(leader.replica.term, flooder.replica_id, leader.replica_id, 0)
+    post = leader.replica._life.post  # type: ignore[union-attr]
+    for number in range(2 * UNRECORDED):
+        started = Started(flooder.replica_id, 100 + number, bytes(16))
+        envelope = msgspec.structs.replace(
+            flooder.envelope(beat), start=started.start, boot=started.boot, proof=started.prove(flooder.key)
+        )
+        post.take(flooder.key.public, encode(envelope))
+    assert leader.replica.dropped["not recorded"] == UNRECORDED
+    await replicas.kill(other)
+    await replicas.restart(other)
+    await until(lambda: leader.replica.is_leader)
+    await leader.propose("one")
+    await replicas.until_equal(leader, other)
 
 
 async def test_a_restored_copy_is_refused_and_never_counted_again(
