@@ -110,7 +110,7 @@ class Recovery:
         if missing is None:
             raise KnodeError(
                 Code.NOT_ALLOWED,
-                "a majority of the voters is here, so nothing is lost that the cell could not do without it",
+                "most voters are here, so the cell can decide as it is: there is nothing to recover",
                 "'knode status' shows them; whoever is to go: 'knode member revoke NODE'",
             )
         end = LogEnd(raft.last_term, raft.last_index)
