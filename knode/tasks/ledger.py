@@ -113,7 +113,7 @@ def _submit(tables: Tables, command: Submit) -> Outcome:
         return _refused(
             Code.KEY_CONFLICT,
             f"the key {command.key!r} stands for task {known.id.hex()}, which asks for something else",
-            "take another key, or the same input again",
+            "take another key, or ask for the same again: agent, input, files, --on and --deadline",
             known,
         )
     twin = tables.task(command.id)
