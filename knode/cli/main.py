@@ -84,7 +84,7 @@ def _invoke(session: object, words: list[str]) -> int:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "knode"
-        message = error.format_message().rstrip(".")
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
         raise KnodeError(Code.INVALID_ARGUMENT, message, f"{path} --help") from error
     except typer.Abort as error:
         raise KeyboardInterrupt from error

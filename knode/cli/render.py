@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 Document = Mapping[str, Any]
@@ -231,6 +231,12 @@ def tasks(document: Sequence[Document]) -> str:
     )
 
 
+def task(document: Document) -> str:
+    """Show every field of a task, its times as people read them."""
+    times = {name: moment(document[name]) for name in ("submitted", "deadline") if document.get(name)}
+    return details({**document, **times})
+
+
 def explanation(document: Document) -> str:
     """Show what a task waits for, and every node's score, when it was assigned last and now."""
     task = document["task"]
@@ -295,8 +301,8 @@ def details(document: Document) -> str:
 
 
 def moment(milliseconds: int) -> str:
-    """Show a wall time as people here read it: local, to the second."""
-    return datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M:%S")
+    """Show milliseconds since 1970 as all documents have times: UTC, to the second."""
+    return f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def value(content: object) -> str:
@@ -309,7 +315,9 @@ def progress(document: Document) -> str:
     fraction = document.get("fraction")
     percent = f"{fraction * 100:3.0f} % " if isinstance(fraction, int | float) else ""
     dropped = f" ({document['dropped']} steps left out)" if document.get("dropped") else ""
-    return f"{_cell(document.get('node'))}: {percent}{_cell(document.get('text') or '')}{dropped}"
+    node = document.get("node")
+    where = "" if node is None else f"{_cell(node)}: "  # none has it before it is assigned
+    return f"{where}{percent}{_cell(document.get('text') or '')}{dropped}"
 
 
 def _members(document: Sequence[Document]) -> str:

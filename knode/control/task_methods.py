@@ -99,11 +99,10 @@ class TaskMethods:
         known = {view.id for view in found.tasks}
         documents = [task.document() for task in self._node.tasks.list()]
         if self._node.membership.in_cell:
-            roster = self._node.membership.roster
             waiting = [row for row in self._node.outbox.rows() if row.id not in known]
-            documents += [waiting_document(row, roster) for row in waiting]
+            documents += [self._document(row) for row in waiting]
             documents += [
-                task_document(view, roster, is_confirmed=found.is_confirmed) for view in found.tasks
+                task_document(view, self._roster, is_confirmed=found.is_confirmed) for view in found.tasks
             ]
         return sorted(documents, key=lambda document: -document["submitted"])
 
@@ -124,7 +123,8 @@ class TaskMethods:
                 f"'knode task show {found.id[:8]}'",
             )
         if isinstance(found, Waiting):
-            waits_for = "a leader that a majority of the voters follows" if found.is_pending else ""
+            met = f" ({found.message})" if found.message else ""
+            waits_for = f"the voters to take it{met}" if found.is_pending else ""
             return self._explained(self._document(found), waits_for, (), ())
         said = await self._node.durable.explain(found.id)
         return self._explained(self._document(said.task), said.waits_for, said.considered, said.now)
@@ -206,12 +206,16 @@ class TaskMethods:
     def _roster(self) -> Roster:
         return self._node.membership.roster
 
+    def _own_name(self) -> str | None:
+        member = self._roster.holders.get(self._node.membership.key.public.raw)
+        return member.name if member is not None else None
+
     def _document(self, task: Task | Waiting | TaskView) -> dict[str, Any]:
         match task:
             case Task():
                 return task.document()
             case Waiting():
-                return waiting_document(task, self._roster)
+                return waiting_document(task, self._own_name())
             case TaskView():
                 return task_document(task, self._roster)
 

@@ -69,7 +69,7 @@ def task_document(view: TaskView, roster: Roster, *, is_confirmed: bool = True) 
     }
 
 
-def waiting_document(waiting: Waiting, roster: Roster) -> dict[str, Any]:
+def waiting_document(waiting: Waiting, submitter: str | None) -> dict[str, Any]:
     """Return a task of this node's outbox as JSON has it."""
     error = None
     if waiting.code:
@@ -88,7 +88,7 @@ def waiting_document(waiting: Waiting, roster: Roster) -> dict[str, Any]:
         "error": error,
         "direct": False,
         "submitted": waiting.submitted,
-        "submitter": None,
+        "submitter": submitter,
         "deadline": waiting.not_after,
         "confirmed": False,
     }

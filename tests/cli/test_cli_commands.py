@@ -159,6 +159,28 @@ def test_a_pending_task_is_no_failure_and_says_how_to_follow_it(knode: Any, daem
     assert run.err.endswith("next: knode task watch 01TASK\n")
 
 
+def test_a_role_that_is_none_is_refused_with_those_that_are(knode: Any, daemon: Any) -> None:
+    run = knode("invite", "--role", "vter")
+    assert run.code == 2
+    assert "'--role': 'vter' is not one of 'admin', 'worker', 'voter', 'observer'" in run.err
+
+
+def test_cancelling_a_pending_task_says_when_it_will_be_cancelled(knode: Any, daemon: Any) -> None:
+    daemon.results["task.cancel"] = {**TASK, "state": "pending"}
+    run = knode("task", "cancel", "01")
+    assert run.code == 0
+    assert "cancelled as soon as they take it" in run.err
+    assert run.err.endswith("next: knode task watch 01TASK\n")
+
+
+def test_the_times_of_a_task_are_read_by_people_and_counted_by_programs(knode: Any, daemon: Any) -> None:
+    daemon.results["task.show"] = {**TASK, "submitted": 1795358925497, "deadline": None}
+    lines = knode("task", "show", "01").out.splitlines()
+    assert ["submitted", "2026-11-22T14:48:45Z"] in [line.split() for line in lines]
+    assert ["deadline", "-"] in [line.split() for line in lines]
+    assert json.loads(knode("task", "show", "01", "--json").out)["submitted"] == 1795358925497
+
+
 def test_what_nobody_confirmed_is_shown_with_a_warning(knode: Any, daemon: Any) -> None:
     note = {"note": "no leader answers"}
     daemon.steps["task.list"] = daemon.steps["task.show"] = [note]
@@ -362,7 +384,7 @@ def test_ctrl_c_says_what_becomes_of_a_task_that_was_waited_for(
     daemon.steps["task.submit"] = [{"task": "01TASK", "fraction": None, "text": "submitted", "node": None}]
     daemon.results["task.submit"] = ...
     with process("task", "submit", "a", "--wait", *(["--direct"] if is_direct else [])) as run:
-        assert run.stderr.readline() == "-: submitted\n"
+        assert run.stderr.readline() == "submitted\n"
         run.send_signal(signal.SIGINT)
         _, said = run.communicate(timeout=60)
     assert run.returncode == 130

@@ -24,6 +24,11 @@ _PENDING = (
     "next: knode task watch {task}"
 )
 
+_PENDING_CANCEL = (
+    "pending: the voters may have it without this node knowing, so it is cancelled as soon as they take it\n"
+    "next: knode task watch {task}"
+)
+
 Task = Annotated[str, typer.Argument(help="A task's id, or the beginning of it.")]
 
 task = typer.Typer(help="Ask an agent of the mesh to do something.")
@@ -107,7 +112,7 @@ def show_task(context: typer.Context, task: Task) -> None:
     """Show one task."""
     session = session_of(context)
     found = session.call("task.show", {"task": task}, partial(_warn, session))
-    session.show(found, render.details)
+    session.show(found, render.task)
 
 
 @task.command("explain")
@@ -147,7 +152,7 @@ def watch_task(context: typer.Context, task: Task) -> None:
         session.show_line(progress, render.progress)
 
     settled = session.call("task.watch", {"task": task}, step)
-    session.show_line(settled, render.details)
+    session.show_line(settled, render.task)
     raise typer.Exit(_settled(session, settled))
 
 
@@ -155,7 +160,10 @@ def watch_task(context: typer.Context, task: Task) -> None:
 def cancel_task(context: typer.Context, task: Task) -> None:
     """Stop a task."""
     session = session_of(context)
-    session.show(session.call("task.cancel", {"task": task}), render.details)
+    cancelled = session.call("task.cancel", {"task": task})
+    session.show(cancelled, render.task)
+    if cancelled["state"] == "pending":
+        session.note(_PENDING_CANCEL.format(task=cancelled["id"]))
 
 
 def _warn(session: Session, progress: dict[str, Any]) -> None:
