@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 Document = Mapping[str, Any]
 
+_TIMES = ("submitted", "deadline")
+"""Fields of a task that are wall times, in milliseconds."""
 ID_CHARACTERS = 16
 """How much of an id tables show: a prefix that names a node in any cell, and can be given back."""
 
@@ -223,24 +225,27 @@ def agents(document: Sequence[Document]) -> str:
 def tasks(document: Sequence[Document]) -> str:
     """Show one task a line."""
     return table(
-        ("task", "agent", "state", "attempt", "node", "error"),
+        ("task", "submitted", "agent", "state", "attempt", "node", "error"),
         (
-            (t["id"], t["agent"], t["state"], t["attempt"], t["node"], (t["error"] or {}).get("code"))
+            (
+                *(t["id"], moment(t.get("submitted")), t["agent"], t["state"], t["attempt"], t["node"]),
+                (t["error"] or {}).get("code"),
+            )
             for t in document
         ),
     )
 
 
 def task(document: Document) -> str:
-    """Show every field of a task, its times as people read them."""
-    times = {name: moment(document[name]) for name in ("submitted", "deadline") if document.get(name)}
-    return details({**document, **times})
+    """Show every field of a task."""
+    return details({**document, **{name: moment(document.get(name)) for name in _TIMES if name in document}})
 
 
 def explanation(document: Document) -> str:
     """Show what a task waits for, and every node's score, when it was assigned last and now."""
     task = document["task"]
     shown = {key: task[key] for key in ("id", "agent", "state", "attempt", "node")}
+    shown |= {name: moment(task[name]) for name in _TIMES if name in task}
     parts = [fields(shown | {"waits for": document["waits_for"]})]
     for title, considered in (("when assigned", document["considered"]), ("now", document["now"])):
         if considered:
@@ -300,9 +305,13 @@ def details(document: Document) -> str:
     return fields({key: None if content is None else value(content) for key, content in flat.items()})
 
 
-def moment(milliseconds: int) -> str:
-    """Show milliseconds since 1970 as all documents have times: UTC, to the second."""
-    return f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"
+def moment(milliseconds: int | None) -> str | None:
+    """Show a wall time as people here read it: local, to the second."""
+    return (
+        None
+        if milliseconds is None
+        else datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M:%S")
+    )
 
 
 def value(content: object) -> str:
