@@ -202,6 +202,8 @@ class Replica:
         Raises:
             KnodeError: UNAVAILABLE when nobody is known to lead until `deadline`.
         """
+        if self.is_named and (known := self.leader()) is not None:
+            return known
         with trio.move_on_at(deadline):
             while True:
                 if not self.is_named:

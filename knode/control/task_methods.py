@@ -64,7 +64,8 @@ class TaskMethods:
         if not of.wait:
             return self._document(submitted)
         notify({"task": submitted.id.hex(), "fraction": None, "text": "submitted", "node": None})
-        return await self._follow_durable(submitted.id, notify)
+        known = submitted if isinstance(submitted, TaskView) else None
+        return await self._follow_durable(submitted.id, notify, known)
 
     async def _submit_directly(self, of: OfSubmission, notify: Notify) -> Any:
         if of.key is not None or not of.outbox:
@@ -178,13 +179,13 @@ class TaskMethods:
         [task] = fitting.values()
         return task, is_confirmed or not isinstance(task, TaskView)
 
-    async def _follow_durable(self, task: bytes, notify: Notify) -> Any:
+    async def _follow_durable(self, task: bytes, notify: Notify, known: TaskView | None = None) -> Any:
         """Pass on each change of a task until it has ended; leaving it changes nothing."""
         before: tuple[object, ...] = ()
         reports = 0
         last: TaskView | Waiting | None = None
         step: tuple[object, ...]
-        async for last in self._node.durable.follow(task):
+        async for last in self._node.durable.follow(task, known):
             if isinstance(last, Waiting):
                 step, text = ("pending",), f"pending: {last.message or 'not committed yet'}"
             else:

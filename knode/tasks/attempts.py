@@ -359,10 +359,8 @@ class Attempts:
         pause_s = FIRST_PAUSE_S
         refused_at: float | None = None
         while True:
-            await self._keep_outcome(kept)
             try:
-                async with self._deliveries:
-                    settled = await self._tell(kept.outcome)
+                settled = await self._tell_and_keep(kept, kept.outcome)
                 if not settled.is_current:
                     self._log.info("attempt was stale", **_fields(kept))
                 return
@@ -384,6 +382,25 @@ class Attempts:
                 self._log.error("an attempt could not be delivered", **_fields(kept), exc_info=True)
             await trio.sleep(self._world.randomness.uniform(pause_s / 2, pause_s))
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _tell_and_keep(self, kept: _Kept, outcome: Outcome) -> Settled:
+        """Tell the leader, while the disk takes the outcome for the case that no answer comes."""
+        answers: list[Settled] = []
+        errors: list[Exception] = []
+
+        async def tell() -> None:
+            try:
+                async with self._deliveries:
+                    answers.append(await self._tell(outcome))
+            except Exception as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tell)
+            await self._keep_outcome(kept)
+        if errors:
+            raise errors.pop()
+        return answers[0]
 
     async def _tell(self, outcome: Outcome) -> Settled:
         deadline = Monotonic(self._world.clock.monotonic() + ANSWER_S)

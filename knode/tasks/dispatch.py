@@ -120,6 +120,8 @@ class Dispatcher:
         self._forgot_at = 0.0
         self._is_forgetting = False
         self._woken = trio.Event()
+        self._wakes_at = 0.0
+        """Until when the task that decides sleeps, unless it is woken."""
         self._nursery: trio.Nursery | None = None
         store.on_change.append(self._follow)
         replica.on_leader.append(self._wake)
@@ -206,7 +208,8 @@ class Dispatcher:
         """Free the place again: the ledger holds it now, or never will."""
         if assignment is not None:
             self._free(assignment.member)
-            self._wake()
+            if len(self._queue):
+                self._wake()
 
     def route(self, work: Work) -> Route:
         """Return who would run a task now, with the score of every member or why it cannot."""
@@ -245,7 +248,8 @@ class Dispatcher:
                 self._queue.remove(change.id)
             else:
                 self._place(task, change.asked)
-        self._wake()
+        if len(self._queue) or self._world.clock.monotonic() + self._pause_s() < self._wakes_at:
+            self._wake()
 
     def _place(self, task: LedgerTask, asked: NewTask | None = None) -> None:
         """Take up a task that has not ended."""
@@ -308,7 +312,8 @@ class Dispatcher:
             for need in self._queue.needs():
                 self._assign_all(need)
             self._forget_old()
-            with trio.move_on_after(self._pause_s()):
+            self._wakes_at = self._world.clock.monotonic() + self._pause_s()
+            with trio.move_on_at(self._wakes_at):
                 await woken.wait()
 
     def _pause_s(self) -> float:

@@ -252,8 +252,14 @@ class Durable:
         task = self._outbox.task_of(task)
         return await self._leader.ask(CANCEL, CancelTask(task), deadline=self._in(COMMIT_S))
 
-    async def follow(self, task: bytes) -> AsyncGenerator[TaskView | Waiting, None]:
+    async def follow(
+        self, task: bytes, known: TaskView | None = None
+    ) -> AsyncGenerator[TaskView | Waiting, None]:
         """Give a task as it is and then each time that it has changed, until it has ended.
+
+        Args:
+            task: its id.
+            known: how it was a moment ago, as `submit` told: then only changes are asked for.
 
         Raises:
             KnodeError: NOT_FOUND when the cell does not know it, RATE_LIMITED; KEY_REVOKED, UNKNOWN_PEER once
@@ -267,10 +273,10 @@ class Durable:
                     f"{FOLLOWED_AT_ONCE} tasks are followed on this node",
                     "try again later",
                 )
-            followed = self._followed[task] = _Followed()
+            followed = self._followed[task] = _Followed(known)
         followed.followers += 1
         try:
-            if followed.view is None:
+            if followed.followers == 1 or followed.view is None:
                 self._ask_anew()
             while True:
                 changed = followed.changed
@@ -286,12 +292,12 @@ class Durable:
                     return
                 elif followed.error is not None:
                     raise followed.error.bare()
+                elif followed.is_missing:
+                    raise not_found(task.hex())
                 elif followed.view is not None:
                     yield followed.view
                     if followed.view.state.final:
                         return
-                elif followed.is_missing:
-                    raise not_found(task.hex())
                 await changed.wait()
         finally:
             followed.followers -= 1
@@ -414,9 +420,9 @@ class Durable:
 class _Followed:
     """A task that somebody follows."""
 
-    def __init__(self) -> None:
+    def __init__(self, view: TaskView | None) -> None:
         self.followers = 0
-        self.view: TaskView | None = None
+        self.view = view
         self.is_missing = False
         self.error: KnodeError | None = None
         """Why nobody will ever tell this node."""

@@ -7,7 +7,7 @@ committed before it did, and reads behind a barrier (Ongaro 2014, section 6.4).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import trio
 
@@ -71,6 +71,28 @@ LISTED_RESULT_BYTES = 4 * 1024
 WAITING_AT_ONCE = 256
 
 
+class _News:
+    """What has become of the tasks that a member waits for."""
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        """Set when there is something new; whoever waits puts another in its place."""
+        self.ended: dict[bytes, TaskView] = {}
+        """Tasks that ended meanwhile, as far as they fit one answer: they need not be looked up."""
+        self._room_bytes = PAGE_BYTES
+
+    def take(self, change: Change) -> None:
+        """Note that a task has changed."""
+        task, result = change.after, change.result
+        self.event.set()
+        if task is None or not task.state.final or (task.state is State.SUCCEEDED and result is None):
+            return
+        view = view_of(task, result)
+        self._room_bytes -= _size_of(view)
+        if self._room_bytes >= 0:
+            self.ended[task.id] = view
+
+
 class Reception:
     """Answers every member, this node included, while this node leads."""
 
@@ -90,7 +112,7 @@ class Reception:
         self._store = store
         self._dispatcher = dispatcher
         self._log = MemberLog(world.clock, log)
-        self._waiting: dict[bytes, dict[trio.Event, None]] = {}
+        self._waiting: dict[bytes, dict[_News, None]] = {}
         self._waiting_count = 0
         store.on_change.append(self._tell)
         leader.on_report = self._take_report
@@ -112,7 +134,7 @@ class Reception:
         self._check_leads()
         work = Work(request.id, request.task.agent, request.task.on, request.holders)
         assignment = None
-        if request.id not in self._store.live:
+        if request.id not in self._store.live and (assignment := self._dispatcher.assign(work)) is None:
             try:
                 self._dispatcher.check(work)
             except KnodeError:
@@ -121,7 +143,6 @@ class Reception:
                 if known is None:
                     raise
                 return known
-            assignment = self._dispatcher.assign(work)
         try:
             outcome = await self._dispatcher.propose(
                 Submit(
@@ -287,12 +308,13 @@ class Reception:
     async def _wait(self, asked: Asked, request: WaitForTasks) -> Views:
         self._check_leads()
         is_up_to_date = False
-        with trio.move_on_after(WAIT_S):
-            while True:
-                self._check_leads()
-                news = self._subscribe(request.seen)
-                try:
-                    views = await self._news(request.seen)
+        news = self._subscribe(request.seen)
+        try:
+            with trio.move_on_after(WAIT_S):
+                while True:
+                    self._check_leads()
+                    news.event = trio.Event()
+                    views = await self._views(request.seen, news.ended)
                     if views.missing and not is_up_to_date:
                         # It may be in an entry that is not applied here yet.
                         await self._replica.barrier(deadline=asked.deadline)
@@ -300,13 +322,17 @@ class Reception:
                         continue
                     if views.tasks or views.missing:
                         return views
-                    await news.wait()
-                finally:
-                    self._unsubscribe(request.seen, news)
+                    await news.event.wait()
+        finally:
+            self._unsubscribe(request.seen, news)
         return Views((), more=False)
 
-    async def _news(self, seen: Sequence[Seen]) -> Views:
-        over = [one.task for one in seen if one.task not in self._store.live and not _is_settled(one)]
+    async def _views(self, seen: Sequence[Seen], known: Mapping[bytes, TaskView]) -> Views:
+        over = [
+            one.task
+            for one in seen
+            if one.task not in self._store.live and one.task not in known and not _is_settled(one)
+        ]
         over = over[:MAX_VIEWS]
         records = await self._store.tasks(over, most_bytes=PAGE_BYTES) if over else ()
         ended = dict(zip(over, records, strict=False))
@@ -318,6 +344,8 @@ class Reception:
                 if (one.state, one.attempt, one.reports) == (task.state, task.attempt, reports):
                     continue
                 view = view_of(task, None, report, reports)
+            elif one.task in known:
+                view = known[one.task]
             elif one.task not in ended:  # or it ended while the others were read: then this is done again
                 continue
             elif (record := ended[one.task]) is None:
@@ -331,33 +359,33 @@ class Reception:
             views.append(view)
         return Views(tuple(views), more=False, missing=tuple(missing))
 
-    def _subscribe(self, seen: Sequence[Seen]) -> trio.Event:
+    def _subscribe(self, seen: Sequence[Seen]) -> _News:
         if self._waiting_count >= WAITING_AT_ONCE:
             raise KnodeError(Code.RATE_LIMITED, "too many wait for tasks here", "try again later")
         self._waiting_count += 1
-        news = trio.Event()
+        news = _News()
         for one in seen:
             self._waiting.setdefault(one.task, {})[news] = None
         return news
 
-    def _unsubscribe(self, seen: Sequence[Seen], news: trio.Event) -> None:
+    def _unsubscribe(self, seen: Sequence[Seen], news: _News) -> None:
         self._waiting_count -= 1
         for one in seen:
-            events = self._waiting.get(one.task)
-            if events is not None:
-                events.pop(news, None)
-                if not events:
+            waiting = self._waiting.get(one.task)
+            if waiting is not None:
+                waiting.pop(news, None)
+                if not waiting:
                     del self._waiting[one.task]
 
     def _tell(self, changes: Sequence[Change]) -> None:
         for change in changes:
-            for event in self._waiting.get(change.id, ()):
-                event.set()
+            for news in self._waiting.get(change.id, ()):
+                news.take(change)
 
     def _take_report(self, member: Member, report: AttemptReport) -> None:
         if self._dispatcher.take_report(member, report):
-            for event in self._waiting.get(report.fence.task, ()):
-                event.set()
+            for news in self._waiting.get(report.fence.task, ()):
+                news.event.set()
 
     # What answers are made of.
 

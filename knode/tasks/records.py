@@ -169,6 +169,8 @@ class Change(Struct, frozen=True):
     after: LedgerTask | None
     asked: NewTask | None = None
     """What is asked for, of a task that is new; None where it must be looked up."""
+    result: bytes | None = None
+    """Of a task that has just succeeded; None where it must be looked up."""
 
 
 class Outcome(Struct, frozen=True):

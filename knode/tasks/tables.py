@@ -221,7 +221,7 @@ class Batch:
             self._execute("INSERT INTO result (ended, data) VALUES (?, ?)", (task.ended, result))
         _use(self._usage, task, -1)
         self._live[task.id] = None
-        self.changes.append(Change(task.id, before.state, task))
+        self.changes.append(Change(task.id, before.state, task, result=result))
 
     def drop_result(self, ended: int) -> int:
         """Drop a result; return its bytes."""

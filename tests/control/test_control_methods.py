@@ -126,6 +126,7 @@ async def test_status_tells_the_whole_picture(autojump_clock: MockClock, cell: C
     desk, attic = await cell.add("desk"), await cell.add("attic")
     await desk.settle("say x", on="attic")
     await Daemon(desk).call("task.submit", agent=COMMAND, input="die 3", wait=True)
+    await cell.until(lambda: not len(desk.node.attempts))
     status = await Daemon(desk).call("status")
     assert (status["node_id"], status["name"], status["role"]) == (desk.node.key.node_id, "desk", "admin")
     assert status["leader"] == desk.node.key.node_id

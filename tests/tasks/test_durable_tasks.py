@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 
+import msgspec
 import pytest
 import trio
 from memory_cell import COMMAND, TEXT, Cell, Host
@@ -49,6 +50,30 @@ async def test_a_task_is_committed_run_and_completed_in_a_cell_of_one(
     assert view.state in (State.ASSIGNED, State.SUCCEEDED)
     ended = await settled(desk, view.id)
     assert (ended.state, ended.result, ended.attempt) == (State.SUCCEEDED, b"hello", 1)
+
+
+async def test_who_follows_what_it_submitted_is_told_of_changes_alone(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = [await cell.add(name) for name in ("desk", "attic")]
+    for host in hosts:
+        for size in (1, 100_000):
+            submitted = await submit(host, "say " + size * "x", on="desk")
+            views = [view async for view in host.node.durable.follow(submitted.id, submitted)]
+            assert views[0] == submitted
+            assert [view.state for view in views if isinstance(view, TaskView)] == ["assigned", "succeeded"]
+            assert isinstance(views[1], TaskView)
+            assert len(views[1].result or b"") == size
+
+
+async def test_who_follows_what_the_ledger_has_no_more_is_told(autojump_clock: MockClock, cell: Cell) -> None:
+    desk = await cell.add("desk")
+    gone = msgspec.structs.replace(await submit(desk, "say x"), id=bytes(16))
+    views = desk.node.durable.follow(gone.id, gone)
+    assert await anext(views) == gone
+    with pytest.raises(KnodeError) as error:
+        await anext(views)
+    assert error.value.code is Code.NOT_FOUND
 
 
 async def test_every_node_submits_and_every_node_runs(autojump_clock: MockClock, cell: Cell) -> None:
