@@ -127,28 +127,32 @@ class Durable:
         submit = await self._prepare(request, keep=keep)
         taken: TaskView | Waiting | None = None
         try:
-            taken = await self._commit(submit, keep=keep)
+            taken = await self._take(submit, keep=keep)
         finally:
             if submit.task.files and (taken is None or taken.id != submit.id):
                 with trio.CancelScope(shield=True):
                     await self._inputs.forget(submit.id)
         return taken
 
-    async def _commit(self, submit: SubmitTask, *, keep: bool) -> TaskView | Waiting:
+    async def _take(self, submit: SubmitTask, *, keep: bool) -> TaskView | Waiting:
         pending = self._outbox.with_key(submit.key)
         if pending is None:
+            why: KnodeError | None = None
             try:
-                return await self._leader.ask(SUBMIT, submit, deadline=self._in(COMMIT_S))
+                submit = await self._spread(submit)
             except KnodeError as error:
-                if error.code not in _NO_QUORUM:
+                if error.code is not Code.UNAVAILABLE or not keep:
                     raise
-                if not keep:
-                    raise KnodeError(
-                        Code.UNAVAILABLE,
-                        f"it is not committed but may still be, under the key {submit.key} ({error.message})",
-                        f"submit it again with '--key {submit.key}': it is the same task then",
-                    ) from error
-            pending = await self._outbox.keep(submit)
+                why = error
+            else:
+                try:
+                    return await self._leader.ask(SUBMIT, submit, deadline=self._in(COMMIT_S))
+                except KnodeError as error:
+                    if error.code not in _NO_QUORUM:
+                        raise
+                    if not keep:
+                        raise _uncommitted(submit.key, error) from error
+            pending = await self._outbox.keep(submit, why)
         if pending.digest != task_digest(submit.task):
             raise _key_conflict(submit.key, pending.id)
         return pending
@@ -314,7 +318,7 @@ class Durable:
         deadline_s = request.deadline_s or 0.0
         # Where a leader's clock was ahead, the ledger's time is; a key dated by the own clock would be over.
         now = self._store.time()
-        files, holders = await self._inputs.keep(task, request.artifacts, self._in(FILES_S))
+        files = await self._inputs.keep(task, request.artifacts, self._in(FILES_S))
         new = NewTask(
             agent=request.agent,
             input=request.input,
@@ -327,7 +331,15 @@ class Durable:
         # `knode.tasks.forgetting`. A person who may repeat it needs a key that is remembered.
         key = request.key or (task.hex() if keep else f"again-{task.hex()}")
         lives_s = KEY_LIVES_S if request.key is None else max(KEY_LIVES_S, deadline_s)
-        return SubmitTask(task, key, now + round(1000 * lives_s), new, holders)
+        return SubmitTask(task, key, now + round(1000 * lives_s), new, ())
+
+    async def _spread(self, submit: SubmitTask) -> SubmitTask:
+        """Have its files held where they outlive this node, unless they are; UNAVAILABLE."""
+        files = submit.task.files
+        if not files or submit.holders:
+            return submit
+        holders = await self._inputs.spread(submit.id, files, self._in(FILES_S))
+        return msgspec.structs.replace(submit, holders=holders)
 
     async def fates(self, tasks: Sequence[bytes]) -> Mapping[bytes, Fate]:
         """Return what became of tasks, for who holds their files; UNAVAILABLE.
@@ -358,6 +370,11 @@ class Durable:
                     await self._inputs.refresh(row.id, request.task.files, request.holders)
 
     async def _submit_again(self, request: SubmitTask, is_cancelled: bool) -> bytes:
+        if request.task.files and not request.holders:
+            if is_cancelled:
+                raise KnodeError(Code.CANCELLED, "the task was cancelled before it was submitted")
+            request = await self._spread(request)
+            await self._outbox.change_holders(request)
         view = await self._leader.ask(SUBMIT, request, deadline=self._in(COMMIT_S))
         self._log.info("a pending task is committed", task=view.id.hex(), state=view.state)
         if is_cancelled and not view.state.final:
@@ -470,6 +487,14 @@ def not_found(selector: str) -> KnodeError:
         Code.NOT_FOUND,
         f"there is no task {selector[:64]!r}",
         "'knode task list' shows the cell's tasks, and the direct ones of this node since its start",
+    )
+
+
+def _uncommitted(key: str, error: KnodeError) -> KnodeError:
+    return KnodeError(
+        Code.UNAVAILABLE,
+        f"it is not committed but may still be, under the key {key} ({error.message})",
+        f"submit it again with '--key {key}': it is the same task then",
     )
 
 

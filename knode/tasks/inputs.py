@@ -98,37 +98,42 @@ class Inputs:
         """How many files are held here, and their bytes."""
         return self._holding.files
 
-    async def keep(
-        self, task: bytes, paths: Sequence[Path], deadline: Monotonic
-    ) -> tuple[tuple[File, ...], tuple[bytes, ...]]:
-        """Hold the files of a task here and on one more member, durably, before it is submitted.
+    async def keep(self, task: bytes, paths: Sequence[Path], deadline: Monotonic) -> tuple[File, ...]:
+        """Hold the files of a task here, durably; `spread` them before it is submitted.
 
         Args:
             task: its id, new.
             paths: absolute, on this machine.
             deadline: monotonic; until when all of it must be done.
 
-        Returns:
-            The files, and the ids of the members that hold all of them; nothing of either without files.
-
         Raises:
             KnodeError: NOT_FOUND, INVALID_ARGUMENT, TOO_LARGE, DISK_FULL for a file; RATE_LIMITED over this
-                node's room; UNAVAILABLE when no other member takes them, though one runs tasks; EXPIRED.
-                Then this node holds nothing of it.
+                node's room; EXPIRED. Then this node holds nothing of it.
         """
         artifacts = await open_artifacts(self._world, paths)
-        if not artifacts:
-            return (), ()
         try:
             with trio.move_on_at(deadline):
-                files = [await self._keep_here(task, artifact) for artifact in artifacts]
-                others = await self._spread(task, files)
-                return tuple(files), (self._membership.own.id.raw, *others)
+                return tuple([await self._keep_here(task, artifact) for artifact in artifacts])
             raise expired()
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._holding.drop(task)
             raise
+
+    async def spread(self, task: bytes, files: Sequence[File], deadline: Monotonic) -> tuple[bytes, ...]:
+        """Have one more member hold files that are held here, durably.
+
+        Returns:
+            The ids of the members that hold all of them: of this one alone where no other runs tasks.
+
+        Raises:
+            KnodeError: UNAVAILABLE when no other member takes them in time, though one runs tasks.
+        """
+        with trio.move_on_at(deadline):
+            return (self._membership.own.id.raw, *await self._spread(task, files))
+        raise KnodeError(
+            Code.UNAVAILABLE, "no other member took all files in time", "'knode peer list' shows who is here"
+        )
 
     async def refresh(self, task: bytes, files: Sequence[File], holders: Sequence[bytes]) -> None:
         """Tell the other holders that a task still waits to be submitted; they get what they lost.
@@ -192,7 +197,7 @@ class Inputs:
         raise KnodeError(
             Code.UNAVAILABLE,
             f"no other member takes the files, and {COPIES} must hold them ({', '.join(refusals[:8])})",
-            "'knode peer list' shows who is here; submit it again then",
+            "'knode peer list' shows who is here",
         )
 
     async def _give_all(self, task: bytes, files: Sequence[File], member: Member) -> None:

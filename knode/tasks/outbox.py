@@ -149,8 +149,12 @@ class Outbox:
         """Return the pending submit with this key."""
         return next((row for row in self._rows.values() if row.key == key and row.is_pending), None)
 
-    async def keep(self, request: SubmitTask) -> Waiting:
+    async def keep(self, request: SubmitTask, why: KnodeError | None = None) -> Waiting:
         """Keep a submit durably, and go on trying; one with the same key that is kept already stays.
+
+        Args:
+            request: one with files that names no holders was never submitted.
+            why: what it met, when that is not the want of a quorum.
 
         Raises:
             KnodeError: RATE_LIMITED when it is full, DISK_FULL, DISK_READ_ONLY; then it is not kept.
@@ -160,6 +164,8 @@ class Outbox:
             if known is not None:
                 return known
             row = _waiting(request, self._world.clock.wall())
+            if why is not None:
+                row = replace(row, code=why.code.value, message=why.message[:MAX_MESSAGE])
             self._check_room(row)
             data = encode(request)
             await self._database.write(
@@ -182,6 +188,15 @@ class Outbox:
                 f"{len(pending)} tasks wait on this node for the cell's voters already",
                 "'knode status' says which voters are missing",
             )
+
+    async def change_holders(self, request: SubmitTask) -> None:
+        """Keep who holds the files of a submit now; that is no part of what is asked for."""
+        data = encode(request)
+        await self._database.write(
+            lambda connection: connection.execute(
+                "UPDATE outbox SET request = ? WHERE id = ?", (data, request.id)
+            )
+        )
 
     async def cancel(self, task: bytes) -> None:
         """Have a pending submit cancelled as soon as it is committed."""

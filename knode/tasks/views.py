@@ -18,6 +18,8 @@ from knode.tasks.task import readable
 PENDING = "pending"
 """What is shown for a task that is in no ledger yet, as far as is known."""
 
+_ENDED_AS = {"EXPIRED": State.EXPIRED, "CANCELLED": State.CANCELLED}
+
 
 def view_of(
     task: LedgerTask, result: bytes | None = None, report: Report | None = None, reports: int = 0
@@ -76,7 +78,7 @@ def waiting_document(waiting: Waiting, submitter: str | None) -> dict[str, Any]:
         error = {"code": waiting.code, "message": waiting.message, "next": ""}
     state: str = PENDING
     if not waiting.is_pending:
-        state = State.EXPIRED if waiting.code == "EXPIRED" else State.FAILED
+        state = _ENDED_AS.get(waiting.code, State.FAILED)
     return {
         "id": waiting.id.hex(),
         "agent": waiting.agent,

@@ -163,6 +163,47 @@ async def test_the_same_key_is_the_same_task_and_with_other_input_a_conflict(
     assert other.id != first.id
 
 
+@pytest.mark.parametrize("others", [0, 1, 2])
+async def test_a_submit_with_files_is_pending_until_a_second_member_can_hold_them(
+    autojump_clock: MockClock, cell: Cell, others: int
+) -> None:
+    if others == 2:
+        desk, *gone = await three(cell)
+    else:
+        desk, *gone = [await cell.add(name) for name in ("desk", "attic")[: others + 1]]
+    for host in gone:
+        await cell.crash(host)
+    await trio.sleep(20)
+    request = Request(COMMAND, b"list", artifacts=(desk.file("a", b"one"),), key="k")
+    if not gone:  # nobody else could hold them
+        view = await submit(desk, "list", artifacts=request.artifacts)
+        assert (await settled(desk, view.id)).result == b"a"
+        return
+    with pytest.raises(KnodeError, match="no other member takes the files") as refused:
+        await desk.node.durable.submit(request, keep=False)
+    assert refused.value.code is Code.UNAVAILABLE
+    assert desk.node.inputs.held == (0, 0)
+    waiting = await desk.node.durable.submit(request)
+    assert isinstance(waiting, Waiting)
+    assert (waiting.is_pending, waiting.code) == (True, "UNAVAILABLE")
+    assert f"{gone[0].name}: it is " in waiting.message
+    assert desk.node.inputs.held == (1, 3)
+    unwanted = await desk.node.durable.submit(Request(COMMAND, b"list", artifacts=request.artifacts))
+    await desk.node.durable.cancel(unwanted.id)
+    await cell.until(lambda: not desk.node.outbox.get(unwanted.id).is_pending)  # type: ignore[union-attr]
+    assert desk.node.outbox.get(unwanted.id).code == "CANCELLED"  # type: ignore[union-attr]
+
+    await cell.stop(desk)
+    await cell.start(desk)
+    await cell.start(gone[-1])
+    await cell.until(lambda: not any(row.is_pending for row in desk.node.outbox.rows()))
+    ended = await settled(desk, waiting.id)
+    assert (ended.state, ended.result) == (State.SUCCEEDED, b"a")
+    [record] = [record for record in await desk.node.ledger.list(10) if record.task.id == waiting.id]
+    members = [host.node.membership.own.id.raw for host in (desk, gone[-1])]
+    assert list(record.task.holders) == members
+
+
 async def test_without_a_quorum_a_submit_is_pending_and_done_once_when_it_is_back(
     autojump_clock: MockClock, cell: Cell
 ) -> None:

@@ -63,7 +63,9 @@ class FileNode(MeshNode):
         return FILES / name
 
     async def keep(self, *paths: Path, task: bytes = TASK) -> tuple[tuple[File, ...], tuple[bytes, ...]]:
-        return await self.inputs.keep(task, paths, Monotonic(trio.current_time() + 200))
+        deadline = Monotonic(trio.current_time() + 200)
+        kept = await self.inputs.keep(task, paths, deadline)
+        return kept, await self.inputs.spread(task, kept, deadline) if kept else ()
 
     async def bring(self, files: Sequence[File], holders: Sequence[bytes], task: bytes = TASK) -> None:
         self.disk.remove(ATTEMPT.parent)
@@ -182,21 +184,23 @@ async def test_a_member_that_runs_nothing_submits_with_a_copy_on_one_that_does(
     await desk.bring(kept, holders)
 
 
-async def test_without_a_second_member_that_takes_them_nothing_is_kept(
+async def test_without_a_second_member_that_takes_them_they_are_held_here_alone(
     autojump_clock: MockClock, files: FileCell
 ) -> None:
     desk, attic = await files.add("desk"), await files.add("attic")
     await files.lose(attic)
     error = await refused(Code.UNAVAILABLE, desk.keep, desk.make_file("a", b"x"))
     assert "attic: it is failed" in error.message
-    assert desk.holding.tasks == ()
+    assert desk.holding.tasks == (TASK,)
     await attic.start(files._nursery)
     await desk.connected(attic)
     attic.disk.fill()  # type: ignore[attr-defined]
-    await refused(Code.UNAVAILABLE, desk.keep, desk.make_file("a", b"x"))
-    assert (desk.holding.tasks, attic.holding.tasks) == ((), ())
+    deadline = Monotonic(trio.current_time() + 200)
+    await refused(Code.UNAVAILABLE, desk.inputs.spread, TASK, [file_of(b"x")], deadline)
+    assert (desk.holding.tasks, attic.holding.tasks) == ((TASK,), ())
     attic.disk.free()  # type: ignore[attr-defined]
-    await desk.keep(desk.make_file("a", b"x"))
+    assert await desk.inputs.spread(TASK, [file_of(b"x")], deadline) == ids(desk, attic)
+    assert attic.holds(file_of(b"x"))
 
 
 async def test_when_one_member_does_not_take_them_the_next_does(
@@ -232,9 +236,12 @@ async def test_the_deadline_of_a_submit_holds_for_its_files(
     attic.methods._by_name.pop("task.hold")
     attic.methods.add("task.hold", HoldFile, never)
     begun = trio.current_time()
-    await refused(Code.EXPIRED, desk.inputs.keep, TASK, [desk.make_file("a", b"x")], Monotonic(begun + 7))
+    deadline = Monotonic(begun + 7)
+    kept = await desk.inputs.keep(TASK, [desk.make_file("a", b"x")], deadline)
+    await refused(Code.UNAVAILABLE, desk.inputs.spread, TASK, kept, deadline)
     assert trio.current_time() - begun < 8
-    assert desk.holding.tasks == ()
+    await refused(Code.EXPIRED, desk.inputs.keep, bytes(16), [desk.make_file("b", b"x")], deadline)
+    assert desk.holding.tasks == (TASK,)
 
 
 async def test_a_worker_tries_the_holders_in_turn_and_says_when_there_is_none(

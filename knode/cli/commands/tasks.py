@@ -19,10 +19,8 @@ from knode.errors import EXIT_FAILED, EXIT_OK, TABLE, Code, KnodeError
 INPUT_LIMIT_BYTES = 192 * 1024
 """The largest input of a task; it travels in one message, and what is larger is an artifact."""
 
-_PENDING = (
-    "pending: no majority of the voters could take it yet; it is kept here and submitted until they do\n"
-    "next: knode task watch {task}"
-)
+_NO_MAJORITY = "no majority of the voters could take it yet"
+_PENDING = "pending: {why}; it is kept here and submitted as soon as it can be\nnext: knode task watch {task}"
 
 _PENDING_CANCEL = (
     "pending: the voters may have it without this node knowing, so it is cancelled as soon as they take it\n"
@@ -94,7 +92,9 @@ def submit_task(
     if not wait:
         session.show(submitted, lambda new: render.printable(new["id"]))
         if submitted["state"] == "pending":
-            session.note(_PENDING.format(task=submitted["id"]))
+            error = submitted["error"]
+            why = _NO_MAJORITY if error is None else error["message"]
+            session.note(_PENDING.format(why=why, task=submitted["id"]))
         return
     session.show(submitted, _result)
     raise typer.Exit(_settled(session, submitted))
