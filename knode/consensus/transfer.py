@@ -58,11 +58,11 @@ class Transfers:
 
     async def run(self) -> None:
         """Own the tasks that send, until cancelled."""
-        try:
-            async with trio.open_nursery() as self._nursery:
+        async with trio.open_nursery() as self._nursery:
+            try:
                 await trio.sleep_forever()
-        finally:
-            self._nursery = None
+            finally:
+                self._nursery = None
 
     def send(self, message: InstallSnapshot) -> None:
         """Send the state to a follower, unless that is being done."""

@@ -189,16 +189,17 @@ class Peers:
         self, listeners: list[Listener], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Accept, dial and answer until cancelled. `leave` says good-bye first."""
-        try:
-            async with trio.open_nursery() as self._nursery:
+        async with trio.open_nursery() as self._nursery:
+            try:
                 await self._nursery.start(self._serving.run)
                 self._nursery.start_soon(self._heartbeat.run)
                 for listener in listeners:
                     self._nursery.start_soon(listener.serve, self._accept)
                 self._follow_roster()
                 task_status.started()
-        finally:
-            self._nursery = None
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
 
     async def leave(self) -> None:
         """Say good-bye to everybody, waiting a second at most; from now on nobody is dialled or let in."""

@@ -57,14 +57,14 @@ class Serving:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the tasks that answer, until cancelled."""
-        try:
-            async with trio.open_nursery() as self._nursery:
+        async with trio.open_nursery() as self._nursery:
+            try:
                 task_status.started()
                 while True:
                     await trio.sleep(EXPIRE_EVERY_S)
                     self._answers.expire(self._clock.monotonic())
-        finally:
-            self._nursery = None
+            finally:
+                self._nursery = None
 
     def take(self, peer: Peer, conversation: Conversation, request: Request) -> None:
         """Answer a request, in a task of its own unless it was answered before."""

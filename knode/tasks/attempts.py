@@ -170,8 +170,8 @@ class Attempts:
         Raises:
             KnodeError: as `Work.load`.
         """
-        try:
-            async with trio.open_nursery() as self._nursery:
+        async with trio.open_nursery() as self._nursery:
+            try:
                 for request, outcome in await self._work.load():
                     self._take_up(request, outcome)
                 self._follow_roster()
@@ -180,8 +180,8 @@ class Attempts:
                     await trio.sleep(TIDY_EVERY_S)
                     self._tell_progress()
                     await self._tidy()
-        finally:
-            self._nursery = None
+            finally:
+                self._nursery = None
 
     async def assign(self, request: AssignAttempt) -> None:
         """Accept an attempt: it is kept, and will be run. The same fence again is the same attempt.

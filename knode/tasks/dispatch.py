@@ -144,15 +144,17 @@ class Dispatcher:
 
     async def _lead(self) -> None:
         self._take_over()
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
                 for task in self._store.live.values():
                     self._place(task)
                 await self._decide()
-                nursery.cancel_scope.cancel()
-        finally:
-            self._nursery = None
+            finally:
+                # Not after the nursery: once its last task has ended it takes no other, and what is
+                # applied before this task goes on would be refused.
+                self._nursery = None
+            nursery.cancel_scope.cancel()
 
     def _take_over(self) -> None:
         now = self._world.clock.monotonic()

@@ -203,3 +203,28 @@ async def test_a_node_whose_disk_is_full_starts_and_takes_part_once_there_is_roo
     desk.disk.free()
     await cell.until(lambda: desk.node.replica.is_leader)
     assert "no space" not in str(status(desk.node)["warnings"])
+
+
+async def test_while_a_node_goes_down_no_room_offers_a_nursery_that_takes_nothing_more(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk, attic = await cell.add("desk"), await cell.add("attic")
+    node = desk.node
+    await cell.until(lambda: node.dispatcher.leads)
+    for _ in range(3):
+        await desk.submit("sleep 100")
+    owners = {node.peers, node.peers._serving, node.attempts, node.dispatcher, node.tasks}
+    closed = set()
+
+    class EachStep(trio.abc.Instrument):
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            for owner in owners:
+                if owner._nursery is not None and owner._nursery._closed:
+                    closed.add(type(owner).__name__)
+
+    trio.lowlevel.add_instrument(steps := EachStep())
+    await cell.stop(desk)
+    trio.lowlevel.remove_instrument(steps)
+    assert all(owner._nursery is None for owner in owners)
+    assert closed == set()
+    assert attic.running is not None
