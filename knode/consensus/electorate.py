@@ -106,7 +106,7 @@ class Electorate:
         self._on_level = on_level
         self._heard: dict[bytes, Announcement] = {}
         """What each member announced last, by its raw id."""
-        peers.on_event(TOPIC, self._take)
+        peers.on_bulletin(TOPIC, self._take)
 
     async def run(self) -> None:
         """Announce, and take the steps that follow while this node leads, until cancelled."""

@@ -20,6 +20,7 @@ from knode.klp.codec import encode
 from knode.klp.keepalive import Load
 from knode.klp.limits import MAX_BODY_BYTES, MAX_TTL_MS
 from knode.klp.messages import Answer, Cancel, Context, Event, Failure, Request, Response
+from knode.mesh.bulletins import Heard
 from knode.mesh.conversation import Conversation
 from knode.mesh.liveness import PeerState
 from knode.mesh.ways import quality_of
@@ -80,6 +81,8 @@ class Peer:
         """Why it did not let this node in when it was dialled last; None once it does."""
         self.changed = trio.Event()
         """Set, and replaced, whenever another conversation is used, or none."""
+        self.heard = Heard()
+        """Which of its bulletins."""
         self._own = own
         self._clock = clock
         self._dead_after_s = dead_after_s

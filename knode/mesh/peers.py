@@ -14,6 +14,7 @@ from knode.klp.handshake import Established
 from knode.klp.keepalive import Load
 from knode.klp.limits import MAX_BODY_BYTES
 from knode.klp.messages import Acknowledge, Cancel, Context, Event, Failure, Message, Request, Response
+from knode.mesh.bulletins import Bulletins
 from knode.mesh.conversation import RETIRED_TOPIC, Conversation
 from knode.mesh.dialling import Dialling
 from knode.mesh.handshakes import Handshakes, close_saying
@@ -72,7 +73,8 @@ class Peers:
         self._serving = Serving(self.boot, membership, methods, world.clock, self._log)
         self._peers: dict[bytes, Peer] = {}
         self._event_handlers: dict[str, EventHandler] = {}
-        self._announcements: dict[str, bytes] = {}
+        self._bulletin_handlers: dict[str, EventHandler] = {}
+        self._bulletins = Bulletins()
         self.dialling = Dialling(
             world,
             key.public.raw,
@@ -127,6 +129,11 @@ class Peers:
         """Call `handler(peer, body)` for events of `topic`: quickly; a KnodeError of it ends the session."""
         self._event_handlers[topic] = handler
 
+    def on_bulletin(self, topic: str, handler: EventHandler) -> None:
+        """Call `handler(peer, body)` for what a member announces, as `on_event`; never the older after the
+        later."""
+        self._bulletin_handlers[topic] = handler
+
     def announce(self, topic: str, body: bytes) -> None:
         """Tell every member `body` now, and those who come later when they come. The latest counts.
 
@@ -135,9 +142,10 @@ class Peers:
         """
         if len(body) > MAX_BODY_BYTES:
             raise KnodeError(Code.TOO_LARGE, f"an event carries at most {MAX_BODY_BYTES // 1024} KiB")
-        if self._announcements.get(topic) != body:
-            self._announcements[topic] = body
-            self.broadcast(topic, body)
+        bulletin = self._bulletins.replace(topic, body)
+        if bulletin is not None:
+            for peer in self.members():
+                peer.send_event(bulletin.topic, bulletin.body, bulletin.context)
 
     def broadcast(self, topic: str, body: bytes, *, but: PublicKey | None = None) -> None:
         """Send an event to every member that is here now."""
@@ -331,8 +339,7 @@ class Peers:
             self._log.info(
                 "peer connected", peer=peer.node_id, link=link.carrier, address=link.remote_address
             )
-            for topic, body in self._announcements.items():
-                conversation.send_or_close(Event(topic, Context(), body))
+            self._tell_bulletins(conversation)
             for tell in self.on_conversation:
                 tell(peer, conversation)
         return peer, conversation
@@ -349,11 +356,17 @@ class Peers:
             peer.detach(conversation)
             if not conversation.established.ticket:
                 self._log.info("peer disconnected", peer=peer.node_id, why=conversation.end_reason)
+                if peer.conversation is not None:
+                    self._tell_bulletins(peer.conversation)  # the last may have been lost with this link
                 if not peer.conversations:
                     for tell in self.on_lost:
                         tell(peer)
                 self._forget_stranger(peer)
             await self._close(conversation.link, error, conversation.established.ticket or peer.key.raw)
+
+    def _tell_bulletins(self, conversation: Conversation) -> None:
+        for bulletin in self._bulletins.latest:
+            conversation.send_or_close(bulletin)
 
     async def _close(self, link: Link, error: KnodeError | None, whose: bytes) -> None:
         """Close in order, so that what was said last arrives; at once when many of one end are."""
@@ -404,5 +417,10 @@ class Peers:
                 topic in self._event_handlers and not conversation.established.ticket
             ):
                 self._event_handlers[topic](peer.key, body)
+            case Event(topic=topic, body=body) if (
+                topic in self._bulletin_handlers and not conversation.established.ticket
+            ):
+                if peer.heard.is_news(message, conversation.established.peer_boot):
+                    self._bulletin_handlers[topic](peer.key, body)
             case _:
                 self._log.debug("a message that nobody takes", peer=peer.node_id, kind=type(message).__name__)

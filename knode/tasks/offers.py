@@ -23,7 +23,7 @@ class Offers:
         self._registry = registry
         self._runner = runner
         self._of_others: dict[PublicKey, frozenset[str]] = {}
-        peers.on_event(OFFER_TOPIC, self._take)
+        peers.on_bulletin(OFFER_TOPIC, self._take)
 
     def announce(self) -> None:
         """Tell every member which agents run here. Call it whenever that changes."""

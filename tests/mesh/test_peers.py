@@ -7,6 +7,7 @@ from mesh_cell import DEAD_AFTER_S, Cell, MeshNode, refused, until
 
 from knode.errors import Code
 from knode.klp.messages import Context, Event
+from knode.mesh.bulletins import Bulletins
 from knode.mesh.dialling import BACKOFF_FIRST_S, BACKOFF_LONGEST_S
 from knode.mesh.liveness import PeerState
 from knode.mesh.ways import Way
@@ -228,16 +229,51 @@ async def test_a_clock_that_jumps_by_an_hour_changes_nothing_between_members(cel
 async def test_what_is_announced_reaches_those_who_are_here_and_those_who_come(cell: Cell) -> None:
     a, b = await cell.nodes("a", "b")
     heard: list[tuple[str, bytes]] = []
-    b.peers.on_event("test.offer", lambda key, body: heard.append(("b", body)))
+    b.peers.on_bulletin("test.offer", lambda key, body: heard.append(("b", body)))
     a.peers.announce("test.offer", b"one")
     a.peers.announce("test.offer", b"two")
     a.peers.announce("test.offer", b"two")
     await until(lambda: len(heard) == 2)
     c = await cell.node("c")
-    c.peers.on_event("test.offer", lambda key, body: heard.append(("c", body)))
+    c.peers.on_bulletin("test.offer", lambda key, body: heard.append(("c", body)))
     await c.join(await a.invite())
     await until(lambda: len(heard) == 3)
     assert heard == [("b", b"one"), ("b", b"two"), ("c", b"two")]
+
+
+async def test_of_what_is_announced_nothing_counts_that_comes_after_what_is_later(cell: Cell) -> None:
+    a, b = await cell.nodes("a", "b")
+    heard: list[bytes] = []
+    b.peers.on_bulletin("test.offer", lambda key, body: heard.append(body))
+    told = Bulletins()
+    one, two = told.replace("test.offer", b"one"), told.replace("test.offer", b"two")
+    assert one is not None
+    assert two is not None
+    for message in (two, one):
+        a.conversation(b).send(message)
+    await trio.sleep(1)
+    assert heard == [b"two"]
+    await cell.crash(a)
+    await a.start(cell.nursery)
+    await a.connected(b)
+    a.peers.announce("test.offer", b"of the next start")
+    await trio.sleep(1)
+    assert heard == [b"two", b"of the next start"]
+
+
+async def test_what_is_announced_over_a_link_that_breaks_is_told_over_the_one_that_is_left(
+    cell: Cell,
+) -> None:
+    a, b = await cell.nodes("a", "b")
+    heard: list[bytes] = []
+    b.peers.on_bulletin("test.offer", lambda key, body: heard.append(body))
+    link = await cell.network.carrier("a").dial(b.listeners[0].addresses[0])
+    a.peers._converse(link, await a.peers.handshakes.with_member(link, b.key.public))
+    used = a.conversation(b)
+    assert len(a.peer(b).conversations) == 2
+    used.close("its line is dead")
+    a.peers.announce("test.offer", b"one")
+    await until(lambda: heard == [b"one"])
 
 
 async def test_an_event_handler_that_fails_ends_the_session_and_not_the_node(cell: Cell) -> None:
