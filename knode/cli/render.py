@@ -175,6 +175,13 @@ def recovered(document: Document) -> str:
 
 def survey(document: Document) -> str:
     """Say what beginning the ledger anew may lose."""
+    if document["founds"]:
+        away = ", ".join(document["missing"]) or "nobody"
+        return (
+            f"away: {away}; no member that is here has a ledger.\n"
+            f"The cell's ledger begins on {document['survivor']}, with nothing. If one that is away has a "
+            "ledger, what it has is lost for good: then start that one instead."
+        )
     since = f" since {document['leaderless_since']}" if document["leaderless_since"] else ""
     lines = [
         f"away: {', '.join(document['missing'])}; nobody leads the cell{since}",

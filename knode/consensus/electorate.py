@@ -97,6 +97,8 @@ class Electorate:
         """
         self.leaderless_since: WallTime | None = None
         """Since when no leader is known here; None: one is, or this node has no replica."""
+        self.voterless_since: WallTime | None = None
+        """Since when no voter is known here, nor who leads; None: one is."""
         self._world = world
         self._membership = membership
         self._peers = peers
@@ -241,6 +243,10 @@ class Electorate:
     # What follows.
 
     def _note_leader(self) -> None:
+        if self._replica.leader() is not None or self.configuration is not None:
+            self.voterless_since = None
+        elif self.voterless_since is None:
+            self.voterless_since = self._world.clock.wall()
         if self._replica.leader() is not None or not self._replica.is_named:
             self.leaderless_since = None
         elif self.leaderless_since is None:

@@ -15,7 +15,9 @@ from msgspec import Meta, Struct
 
 from knode.consensus.electorate import Electorate
 from knode.consensus.envelope import Asked
+from knode.consensus.raft import Raft
 from knode.consensus.replica import Replica
+from knode.consensus.voters import VOTING_ROLES
 from knode.errors import Code, KnodeError
 from knode.identity import KeyPair
 from knode.klp.codec import Decoder
@@ -59,6 +61,9 @@ class Survey:
     """Since when nobody leads, as far as this node knows."""
     more: tuple[tuple[Member, LogEnd], ...]
     """Others that are here and have more."""
+    founds: bool = False
+    """Whether nobody who is here knows of any ledger, so that the cell's first one is to begin; then
+    `missing` are all who are not here and could have one."""
 
 
 class Recovery:
@@ -89,11 +94,12 @@ class Recovery:
             lost: members that are to be revoked in the same step: whether they are here does not matter.
 
         Raises:
-            KnodeError: UNAVAILABLE when this node has no log to go on with; NOT_ALLOWED while the voters that
-                are here, without `lost`, are a majority.
+            KnodeError: UNAVAILABLE when this node has no log to go on with, though some member has;
+                NOT_ALLOWED while the voters that are here, without `lost`, are a majority.
         """
         standing, raft = self._replica.standing, self._replica.raft
-        if standing is None or raft is None or not self._replica.is_named:
+        founds = raft is not None and self._would_found(raft)
+        if standing is None or raft is None or not (self._replica.is_named or founds):
             raise KnodeError(
                 Code.UNAVAILABLE,
                 "this node has no copy of the ledger to go on with",
@@ -106,7 +112,7 @@ class Recovery:
                 f"this node's ledger is {verdict}",
                 "'knode status' says what to do about it",
             )
-        missing = self._electorate.missing(but=lost)
+        missing = self._away(but=lost) if founds else self._electorate.missing(but=lost)
         if missing is None:
             raise KnodeError(
                 Code.NOT_ALLOWED,
@@ -121,6 +127,7 @@ class Recovery:
             tuple(missing),
             self._electorate.leaderless_since,
             tuple((member, other) for member, other in others if other > end),
+            founds,
         )
 
     async def begin(
@@ -139,13 +146,14 @@ class Recovery:
                 NOT_ALLOWED when somebody who is here has more. Then nothing has changed.
         """
         survey = await self.survey(lost)
-        if survey.more and not though_others_have_more:
+        if survey.more and (survey.founds or not though_others_have_more):
             member, end = max(survey.more, key=lambda each: each[1])
             raise KnodeError(
                 Code.NOT_ALLOWED,
                 f"{member.name} is here and has more of the ledger (up to {end.index}, this node up to "
                 f"{survey.end.index})",
-                f"run it on {member.name}; with --force what only that one has is lost",
+                f"run it on {member.name}"
+                + ("" if survey.founds else "; with --force what only that one has is lost"),
             )
         self._membership.check_last_word(recovery)
         async with self._replica.suspended() as (term, index):
@@ -156,6 +164,27 @@ class Recovery:
             )
         self._log.warning("the cell's ledger begins anew here", incarnation=begun.number, index=index)
         return begun
+
+    def _would_found(self, raft: Raft) -> bool:
+        """Tell whether there is no ledger, as far as is known here. So it is in a cell of before there were
+        any, when its founder, who begins the first one unasked, had gone before.
+
+        That nobody who is here has one does not mean that nobody has: a member that was away would bring a
+        second one. So no rule can choose who founds it, and somebody must say so.
+        """
+        if self._replica.is_named or raft.last_index > 0 or self._electorate.configuration is not None:
+            return False
+        return self._membership.own.role in VOTING_ROLES
+
+    def _away(self, *, but: Collection[Member]) -> list[str]:
+        roster, own = self._membership.roster, self._membership.own
+        return [
+            member.name
+            for member in roster.members.values()
+            if member not in (own, *but)
+            and member.role in VOTING_ROLES
+            and self._peers.peer(member.key).state is not PeerState.ALIVE
+        ]
 
     async def _ask_others(self, *, but: Collection[Member]) -> list[tuple[Member, LogEnd]]:
         roster, ends = self._membership.roster, list[tuple[Member, LogEnd]]()

@@ -54,6 +54,7 @@ def survey_document(node: Node, survey: Survey) -> dict[str, Any]:
         "committed_index": survey.committed,
         "missing": list(survey.missing),
         "leaderless_since": None if since is None else iso(since),
+        "founds": survey.founds,
         "more": [{"name": member.name, "last_index": end.index} for member, end in survey.more],
         "owner": node.membership.owns_cell,
     }
@@ -98,6 +99,13 @@ def _leadership(node: Node) -> list[str]:
     if since is not None and node.world.clock.wall() - since > PATIENCE_MS:
         return [
             f"nobody leads the cell since {iso(since)}, though most voters are here: see 'knode logs tail'"
+        ]
+    unknown = electorate.voterless_since
+    if unknown is not None and node.world.clock.wall() - unknown > PATIENCE_MS:
+        return [
+            f"no member that is here has the cell's ledger (since {iso(unknown)}), so no task is done: wait "
+            "for the others; if it never began, since its founder had gone: "
+            "'knode member recover --lost-majority'"
         ]
     configuration = electorate.configuration
     others = len(node.membership.roster.members) > 1

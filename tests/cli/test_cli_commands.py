@@ -604,6 +604,7 @@ SURVEY = {
     "committed_index": 4700,
     "missing": ["desk", "barn"],
     "leaderless_since": "2026-11-22T14:48:40Z",
+    "founds": False,
     "more": [{"name": "shed", "last_index": 4800}],
     "owner": True,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import trio
 from mesh_cell import RECOVERY, key_of, refused, until
@@ -9,8 +11,11 @@ from trio.testing import MockClock
 from voters_cell import VotingCell, VotingNode, voting
 
 from knode.consensus.electorate import Votes
+from knode.consensus.recovery import LogEnd
 from knode.errors import Code
 from knode.mesh.incarnations import Incarnation, Verdict
+from knode.mesh.roster import Roster
+from knode.mesh.statements import Role
 from knode.simulation.disk import SimulatedDisk
 
 __all__ = ["voting"]
@@ -288,3 +293,87 @@ async def test_a_ledger_that_a_former_owner_began_stands_still_until_the_present
     await voting.until_voting(3)
     await voting.until_led()
     await until(lambda: all(n.commands == ["before", "after"] for n in nodes))
+
+
+async def without_founder(voting: VotingCell, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """A cell of before there were ledgers, whose founder had gone when its members learned of them."""
+    monkeypatch.setattr(Roster, "is_founder", lambda roster, member: False)
+    for number in range(count):
+        if number == 0:
+            node = await voting._make("node0")
+            await node.found()
+            await node.start(voting._nursery)
+            voting.nodes.append(node)
+        else:
+            await voting.join()
+
+
+async def test_a_cell_whose_founder_had_gone_before_it_had_a_ledger_gets_one_from_its_owner(
+    autojump_clock: MockClock, voting: VotingCell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VotingNode, "first_command", lambda _, now: b"begin %d" % now.number)
+    await without_founder(voting, monkeypatch, 3)
+    nodes = voting.nodes
+    await trio.sleep(60)
+    assert not any(node.replica.is_named or node.replica.is_leader for node in nodes), (
+        "nobody founds it unasked"
+    )
+    assert all(node.electorate.voterless_since is not None for node in nodes)
+    chosen = nodes[1]
+    await refused(Code.NOT_ALLOWED, chosen.recovery.begin)
+    survey = await chosen.recovery.survey()
+    assert (survey.end, survey.missing, survey.more) == (LogEnd(0, 0), (), ())
+    begun = await chosen.recovery.begin(recovery=RECOVERY)
+    assert begun.number == 1
+    await voting.until_voting(3)
+    leader = await voting.until_led()
+    await leader.propose("at last")
+    await voting.until_equal()
+    assert nodes[0].commands == ["begin 1", "at last"]
+    assert all(node.electorate.voterless_since is None for node in nodes)
+    for node in nodes:
+        await voting.kill(node)
+        await voting.restart(node)
+    await voting.until_voting(3)
+    await (await voting.until_led()).propose("still there")
+    await voting.until_equal()
+    assert nodes[2].commands == ["begin 1", "at last", "still there"]
+
+
+async def test_no_ledger_is_founded_where_one_may_be(autojump_clock: MockClock, voting: VotingCell) -> None:
+    nodes = [*await voting.of(3)]
+    newcomer = await voting.join(role=Role.OBSERVER)
+    assert isinstance(newcomer, VotingNode)
+    await only(voting, nodes[0], newcomer)
+    begin = partial(newcomer.recovery.begin, recovery=RECOVERY, though_others_have_more=True)
+    role = partial(nodes[0].membership.set_role, nodes[0].member(newcomer))
+    await role(Role.WORKER)
+    await until(lambda: newcomer.membership.own.role is Role.WORKER)
+    error = await refused(Code.UNAVAILABLE, begin)
+    assert "no copy of the ledger" in error.message
+    newcomer.electorate._heard.clear()  # as if the voter had only just come
+    error = await refused(Code.NOT_ALLOWED, begin)
+    assert "node0 is here and has more" in error.message
+    await role(Role.OBSERVER)
+    await until(lambda: newcomer.membership.own.role is Role.OBSERVER)
+    await refused(Code.UNAVAILABLE, begin)
+    assert not newcomer.replica.is_named
+
+
+async def test_two_ledgers_that_were_founded_apart_stand_still_until_one_is_named(
+    autojump_clock: MockClock, voting: VotingCell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await without_founder(voting, monkeypatch, 2)
+    one, other = voting.nodes
+    voting.cut(one, other)
+    await until(lambda: one.peer(other).conversation is None and other.peer(one).conversation is None)
+    here = await one.recovery.begin()
+    there = await other.recovery.begin(recovery=RECOVERY)
+    assert here != there
+    await until(lambda: one.replica.is_leader and other.replica.is_leader)
+    voting.heal(one, other)
+    await until(lambda: all(node.replica.stopped is not None for node in voting.nodes))
+    await one.membership.keep_incarnation(there.hash, recovery=RECOVERY)
+    await until(lambda: other.replica.is_leader and one.part() is Votes.LEARNER)
+    await other.propose("one ledger")
+    await voting.until_equal()

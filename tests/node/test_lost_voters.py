@@ -9,10 +9,12 @@ import trio
 from memory_cell import COMMAND, Cell, Host
 from trio.testing import MockClock
 
+from knode.cli import render
 from knode.consensus.electorate import Votes
 from knode.control.methods import ControlMethods
 from knode.errors import Code, KnodeError
 from knode.identity.names import node_id_of
+from knode.mesh.roster import Roster
 from knode.node.setup import RECOVERY_PREFIX
 from knode.node.status import status
 from knode.tasks.durable import Request
@@ -251,3 +253,21 @@ async def test_members_come_and_go_while_tasks_run_and_each_ends_once(
     assert [(e.state, e.result) for e in ended] == [
         (State.SUCCEEDED, str(number).encode()) for number in range(60)
     ]
+
+
+async def test_a_cell_without_any_ledger_gets_one_when_its_owner_says_where(
+    autojump_clock: MockClock, cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of before there were ledgers, whose founder had gone."""
+    monkeypatch.setattr(Roster, "is_founder", lambda roster, member: False)
+    hosts = [await cell.add(name) for name in ("desk", "attic", "barn")]
+    desk, attic, _ = hosts
+    await cell.until(lambda: all("has the cell's ledger" in warnings(host) for host in hosts))
+    survey = await call(desk, "member.survey", revoke=[])
+    assert (survey["founds"], survey["missing"], survey["last_index"]) == (True, [], 0)
+    assert "begins on desk, with nothing" in render.survey(survey)
+    await call(desk, "member.survive", revoke=[])
+    await cell.until(lambda: all(votes(host) == [Votes.VOTER] * 3 for host in hosts))
+    view = await settled(attic, await submit(attic, "say done"))
+    assert view.result == b"done"
+    assert not any("has the cell's ledger" in warnings(host) for host in hosts)
