@@ -12,6 +12,7 @@ from knode import __version__
 from knode.agents.registry import Registry
 from knode.agents.runtime import Runner
 from knode.agents.sandbox import Sandbox
+from knode.consensus.clocks import Clocks
 from knode.consensus.electorate import Electorate
 from knode.consensus.recovery import Recovery
 from knode.consensus.replica import Replica
@@ -141,6 +142,8 @@ class Node:
         self.electorate = Electorate(
             world, self.membership, self.peers, self.replica, log, level=LEVEL, on_level=self._raise_level
         )
+        self.clocks = Clocks(world, self.membership, self.peers, self.electorate, log)
+        ledger.wall = self.clocks.wall
         self.recovery = Recovery(
             world, self.membership, self.peers, self.methods, self.replica, self.electorate, log
         )
@@ -294,6 +297,7 @@ class Node:
             self.offers.announce()
             await nursery.start(self.replica.run)
             nursery.start_soon(self.electorate.run)
+            nursery.start_soon(self.clocks.run)
             await nursery.start(self.inputs.run)
             await nursery.start(self.attempts.run)
             nursery.start_soon(self.dispatcher.run)
@@ -385,12 +389,12 @@ class Node:
             await self.world.blocking.run(lambda: install_next_key(self.world, path))
 
     def _first_command(self, incarnation: Incarnation) -> bytes:
-        return encode(Begin(self.world.clock.wall(), incarnation.number, incarnation.hash))
+        return encode(Begin(self.ledger.time(), incarnation.number, incarnation.hash))
 
     async def _raise_level(self, level: int) -> None:
         """Let the ledger take the commands that every replica understands."""
         if level > self.ledger.level:
-            command = encode(RaiseLevel(self.world.clock.wall(), level))
+            command = encode(RaiseLevel(self.ledger.time(), level))
             deadline = Monotonic(self.world.clock.monotonic() + RAISE_S)
             await self.replica.propose(command, deadline=deadline)
 

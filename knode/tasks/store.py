@@ -53,6 +53,8 @@ class LedgerStore:
         """Kinds of command of which a fault was logged."""
         self._seen_at = world.clock.monotonic()
         """When the ledger's time was last put forward here."""
+        self.wall: Callable[[], int] = world.clock.wall
+        """What counts for the time of day here; `knode.consensus.clocks` holds back what is far ahead."""
         self.on_change: list[Callable[[Sequence[Change]], None]] = []
         """Called after each batch with what it changed, in order; must not raise. After `restore` and
         `clear`: with the tasks that had not ended before or have not ended now."""
@@ -109,11 +111,11 @@ class LedgerStore:
     def time(self) -> int:
         """Return the time that a command proposed now should carry, milliseconds.
 
-        The wall clock's, but never before the ledger's; and where an earlier leader's clock was ahead, the
+        That of `wall`, but never before the ledger's; and where an earlier leader's clock was ahead, the
         ledger's time goes on from there instead of standing still, so that waits and deadlines still pass.
         """
         since_ms = int((self._world.clock.monotonic() - self._seen_at) * 1000)
-        return max(self._world.clock.wall(), self.now + since_ms)
+        return max(self.wall(), self.now + since_ms)
 
     @property
     def level(self) -> int:

@@ -585,11 +585,51 @@ async def test_after_a_leader_whose_clock_was_days_ahead_every_node_still_submit
     hosts = await three(cell)
     leader = leader_of(hosts)
     leader.clock.skew_s = 10 * 86_400.0
+    leader.node.ledger.wall = leader.clock.wall  # as if a majority's clocks had been so
     await settled(leader, (await submit(leader, "say ahead")).id)
     leader.clock.skew_s = 0.0
     for host in hosts:
         ended = await settled(host, (await submit(host, f"say {host.name}", deadline_s=60.0)).id)
         assert (ended.state, ended.result) == (State.SUCCEEDED, host.name.encode())
+
+
+async def test_a_leader_whose_clock_is_far_ahead_of_a_majority_ends_nothing_early(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = await three(cell)
+    leader = leader_of(hosts)
+    others = [host for host in hosts if host is not leader]
+    await trio.sleep(61)
+    task = await submit(leader, "sleep 110\nsay done", deadline_s=600.0)
+    for host, skew_s in ((leader, 3600.0), (others[0], 120.0), (others[1], -3600.0)):
+        host.clock.skew_s = skew_s
+    await trio.sleep(61)  # until all have said so
+    for number in range(3):
+        await settled(leader, (await submit(leader, f"say {number}")).id)
+        ahead_s = (leader.node.ledger.now - true_time(others[0])) / 1000
+        assert 120 < ahead_s < 120 + 2 * 60 + 1, "the second of three clocks counts"
+    assert leader.node.clocks.held_back_ms > 3_000_000
+    assert sum("this node's clock is ahead of a majority's" in line for line in leader.lines) == 1
+    assert (await settled(others[0], task.id)).state is State.SUCCEEDED
+    others[0].clock.skew_s = 3600.0
+    await trio.sleep(61)
+    await settled(leader, (await submit(leader, "say on")).id)
+    assert leader.node.ledger.now >= leader.clock.wall() - 10_000, "two of three say that it is so late"
+    assert leader.node.clocks.held_back_ms == 0
+
+
+async def test_a_voter_of_whose_clock_nobody_else_is_heard_goes_by_its_own(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    desk = await cell.add("desk")
+    desk.clock.skew_s = 3600.0
+    await settled(desk, (await submit(desk, "say alone")).id)
+    assert desk.node.ledger.now >= desk.clock.wall() - 10_000
+    assert desk.node.clocks.held_back_ms == 0
+
+
+def true_time(host: Host) -> int:
+    return host.clock.wall() - round(host.clock.skew_s * 1000)
 
 
 async def test_a_task_that_the_leader_cannot_read_ends_neither_its_node_nor_its_turn(
