@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from ledger_commands import DAY_MS, FIRST, PATH, SECOND, START, Cell, cell, id_of
+from ledger_commands import BEN, DAY_MS, FIRST, PATH, SECOND, START, Cell, cell, id_of
+from msgspec.structs import replace
 
 from knode.errors import Code
 from knode.storage import Database
 from knode.tasks import forgetting, ledger, tables
+from knode.tasks.commands import Bundle, Complete, Fence, Submit
 from knode.tasks.forgetting import REMEMBERED_MS
 from knode.tasks.records import KEY_GRACE_MS
 from knode.tasks.store import LedgerStore
@@ -64,6 +68,37 @@ async def test_of_too_many_tasks_the_oldest_without_keys_are_forgotten_and_none_
         c.now += 1000
         assert (await c.one(c.forget())).count == 1
         assert (await c.one(c.forget())).count == 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_whatever_is_submitted_again_whenever_is_one_task(small: None, seed: int) -> None:
+    """Submits as nodes and their outboxes date them, late and repeated, while much is forgotten."""
+    dice = random.Random(seed)
+    async with cell() as c:
+        await c.do(c.begin(0, FIRST), c.raise_level(2))
+        sent: list[Submit] = []
+        made = Counter[bytes]()
+        forgotten = 0
+        for number in range(120):
+            c.now += dice.choice((0, 1_000, 60_000, REMEMBERED_MS // 2, REMEMBERED_MS, DAY_MS // 3))
+            if dice.random() < 0.5 or not sent:
+                wrong_ms = dice.choice((0, 0, -60_000, 60_000))  # the submitter's clock
+                sent.append(c.submit(number, to=BEN, not_after=c.now + DAY_MS + wrong_ms))
+                if dice.random() < 0.3:
+                    continue  # its first try is lost, or very late
+                submit = sent[-1]
+            else:
+                submit = dice.choice(sent[-6:])
+            outcome = await c.one(replace(submit, now=c.now))
+            made[submit.id] += outcome.is_new
+            assert outcome.code in (None, Code.EXPIRED)
+            if outcome.is_new:
+                fence = Fence(FIRST, submit.id, 1)
+                await c.one(Complete(c.now, fence, BEN, Bundle(b"", (b"1234",) * dice.randrange(3))))
+            forgotten += (await c.one(c.forget())).count
+        assert forgotten > 10
+        assert max(made.values()) == 1
+        assert sum(made.values()) > len(sent) // 2
 
 
 async def test_what_was_refused_as_forgotten_stays_so_wherever_the_ledger_is_moved(small: None) -> None:
