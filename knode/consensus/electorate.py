@@ -210,7 +210,7 @@ class Electorate:
         standing, raft = self._replica.standing, self._replica.raft
         assert standing is not None
         replica, votes = standing.replica_id, Votes.NOT
-        if raft is not None and replica in everyone(raft.configuration):
+        if raft is not None and self._replica.is_named:
             votes = Votes.VOTER if may_vote(raft.configuration, replica) else Votes.LEARNER
         fit = raft is not None and standing.unfit is None
         return Announcement(replica, standing.incarnation.hash, fit, votes, self._level)

@@ -37,7 +37,7 @@ from knode.consensus.settings import Settings
 from knode.consensus.standing import Standing
 from knode.consensus.state_machine import StateMachine
 from knode.consensus.transfer import METHOD as SNAPSHOT_METHOD
-from knode.consensus.voters import member_of
+from knode.consensus.voters import VOTING_ROLES, member_of
 from knode.errors import Code, KnodeError
 from knode.identity import PublicKey
 from knode.mesh.incarnations import Incarnation, Verdict
@@ -154,9 +154,17 @@ class Replica:
 
     @property
     def is_named(self) -> bool:
-        """Whether the configuration that it knows names this replica: it has, or gets, the ledger."""
+        """Whether the configuration that it knows names this replica: it has, or gets, the ledger.
+
+        Whoever lost its vote with its role while it was cut off does not hear that it is named no more: then
+        nobody leads it.
+        """
         life = self._life
-        return life is not None and life.standing.replica_id in everyone(life.driver.raft.configuration)
+        if life is None or life.standing.replica_id not in everyone(life.driver.raft.configuration):
+            return False
+        own = self._membership.roster.holders.get(self._membership.key.public.raw)
+        has_no_vote = own is not None and own.role not in VOTING_ROLES
+        return life.driver.raft.leader is not None or not has_no_vote
 
     @property
     def term(self) -> Term:

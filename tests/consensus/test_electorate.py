@@ -14,6 +14,7 @@ from knode.errors import Code, KnodeError
 from knode.klp.codec import encode
 from knode.mesh.statements import Role
 from knode.simulation.disk import SimulatedDisk
+from knode.world import Monotonic
 
 __all__ = ["voting"]
 
@@ -67,6 +68,22 @@ async def test_an_observer_learns_nothing_and_who_becomes_one_lets_go_of_its_vot
     await nodes[0].membership.set_role(nodes[0].member(nodes[3]), Role.OBSERVER)
     await voting.until_voting(3)
     assert nodes[3].part() is Votes.NOT
+
+
+async def test_who_lost_its_vote_while_it_was_away_finds_the_leader_all_the_same(
+    autojump_clock: MockClock, voting: VotingCell
+) -> None:
+    nodes = await voting.of(4)
+    away = nodes[3]
+    await voting.kill(away)
+    await nodes[0].membership.set_role(nodes[0].member(away), Role.OBSERVER)
+    await voting.until_led()
+    await until(lambda: nodes[0].votes()["node3"] is Votes.NOT)
+    await voting.restart(away)  # its log has it that it votes, and nobody listens to it
+    await until(lambda: away.membership.own.role is Role.OBSERVER)
+    leader = await away.replica.find_leader(deadline=Monotonic(trio.current_time() + 30))
+    assert leader.name == voting.leading().name
+    assert away.part() is Votes.NOT
 
 
 async def test_a_revoked_follower_leaves(autojump_clock: MockClock, voting: VotingCell) -> None:
