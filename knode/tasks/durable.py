@@ -277,7 +277,7 @@ class Durable:
                     f"{FOLLOWED_AT_ONCE} tasks are followed on this node",
                     "try again later",
                 )
-            followed = self._followed[task] = _Followed(known)
+            followed = self._followed[task] = _Followed(task, known)
         followed.followers += 1
         try:
             if followed.followers == 1 or followed.view is None:
@@ -404,14 +404,12 @@ class Durable:
             asked = {
                 task: followed
                 for task, followed in self._followed.items()
-                if self._outbox.get(task) is None
-                and self._outbox.task_of(task) == task
-                and not followed.is_settled
+                if not followed.is_settled and (followed.view is not None or self._is_in_ledger(task))
             }
             if not asked:
                 await self._following.wait()
                 continue
-            seen = tuple(followed.seen(task) for task, followed in asked.items())
+            seen = tuple(followed.seen for followed in asked.values())
             with trio.CancelScope() as self._poll:
                 try:
                     page = await self._leader.ask(WAIT, WaitForTasks(seen), deadline=self._in(POLL_S))
@@ -430,6 +428,10 @@ class Durable:
                     if task in asked:
                         asked[task].miss()
 
+    def _is_in_ledger(self, task: bytes) -> bool:
+        """Tell whether this id, if any task has it, is that of a task in the ledger."""
+        return self._outbox.get(task) is None and self._outbox.task_of(task) == task
+
     def _in(self, seconds: float) -> Monotonic:
         return Monotonic(self._world.clock.monotonic() + seconds)
 
@@ -437,34 +439,33 @@ class Durable:
 class _Followed:
     """A task that somebody follows."""
 
-    def __init__(self, view: TaskView | None) -> None:
+    def __init__(self, task: bytes, known: TaskView | None) -> None:
         self.followers = 0
-        self.view = view
+        self.view: TaskView | None = None
+        self.seen = Seen(task, None, 0, 0)
+        """What is known of it, as the leader is told: each time, with all others that are followed."""
         self.is_missing = False
         self.error: KnodeError | None = None
         """Why nobody will ever tell this node."""
+        self.is_settled = False
+        """Whether nothing new can come."""
         self.changed = trio.Event()
-
-    @property
-    def is_settled(self) -> bool:
-        return self.is_missing or self.error is not None or (self.view is not None and self.view.state.final)
-
-    def seen(self, task: bytes) -> Seen:
-        if self.view is None:
-            return Seen(task, None, 0, 0)
-        return Seen(task, self.view.state, self.view.attempt, self.view.reports)
+        if known is not None:
+            self.take(known)
 
     def take(self, view: TaskView) -> None:
         if not self.is_settled:
             self.view = view
+            self.seen = Seen(self.seen.task, view.state, view.attempt, view.reports)
+            self.is_settled = view.state.final
             self.tell()
 
     def miss(self) -> None:
-        self.is_missing = True
+        self.is_missing = self.is_settled = True
         self.tell()
 
     def fail(self, error: KnodeError) -> None:
-        self.error = error
+        self.error, self.is_settled = error, True
         self.tell()
 
     def tell(self) -> None:

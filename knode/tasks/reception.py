@@ -77,6 +77,8 @@ class _News:
     def __init__(self) -> None:
         self.event = trio.Event()
         """Set when there is something new; whoever waits puts another in its place."""
+        self.changed: dict[bytes, None] = {}
+        """The tasks of which there is."""
         self.ended: dict[bytes, TaskView] = {}
         """Tasks that ended meanwhile, as far as they fit one answer: they need not be looked up."""
         self._room_bytes = PAGE_BYTES
@@ -84,13 +86,18 @@ class _News:
     def take(self, change: Change) -> None:
         """Note that a task has changed."""
         task, result = change.after, change.result
-        self.event.set()
+        self.note(change.id)
         if task is None or not task.state.final or (task.state is State.SUCCEEDED and result is None):
             return
         view = view_of(task, result)
         self._room_bytes -= _size_of(view)
         if self._room_bytes >= 0:
             self.ended[task.id] = view
+
+    def note(self, task: bytes) -> None:
+        """Note that there is something new of a task."""
+        self.changed[task] = None
+        self.event.set()
 
 
 class Reception:
@@ -308,37 +315,40 @@ class Reception:
     async def _wait(self, asked: Asked, request: WaitForTasks) -> Views:
         self._check_leads()
         is_up_to_date = False
+        seen: Sequence[Seen] = request.seen
         news = self._subscribe(request.seen)
         try:
             with trio.move_on_after(WAIT_S):
                 while True:
                     self._check_leads()
-                    news.event = trio.Event()
-                    views = await self._views(request.seen, news.ended)
+                    news.event, news.changed = trio.Event(), {}
+                    views = await self._views(seen, news.ended)
                     if views.missing and not is_up_to_date:
                         # It may be in an entry that is not applied here yet.
                         await self._replica.barrier(deadline=asked.deadline)
-                        is_up_to_date = True
+                        is_up_to_date, seen = True, request.seen
                         continue
                     if views.tasks or views.missing:
                         return views
                     await news.event.wait()
+                    seen = [one for one in request.seen if one.task in news.changed]
         finally:
             self._unsubscribe(request.seen, news)
         return Views((), more=False)
 
     async def _views(self, seen: Sequence[Seen], known: Mapping[bytes, TaskView]) -> Views:
+        live = self._store.live
         over = [
             one.task
             for one in seen
-            if one.task not in self._store.live and one.task not in known and not _is_settled(one)
+            if one.task not in live and one.task not in known and not _is_settled(one)
         ]
         over = over[:MAX_VIEWS]
         records = await self._store.tasks(over, most_bytes=PAGE_BYTES) if over else ()
-        ended = dict(zip(over, records, strict=False))
+        ended, live = dict(zip(over, records, strict=False)), self._store.live
         views, missing, size = list[TaskView](), list[bytes](), 0
         for one in seen:
-            task = self._store.live.get(one.task)
+            task = live.get(one.task)
             if task is not None:
                 reports, report = self._dispatcher.report_of(task.id)
                 if (one.state, one.attempt, one.reports) == (task.state, task.attempt, reports):
@@ -385,7 +395,7 @@ class Reception:
     def _take_report(self, member: Member, report: AttemptReport) -> None:
         if self._dispatcher.take_report(member, report):
             for news in self._waiting.get(report.fence.task, ()):
-                news.event.set()
+                news.note(report.fence.task)
 
     # What answers are made of.
 
