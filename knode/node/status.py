@@ -192,7 +192,10 @@ def _warnings(node: Node) -> list[str]:
             warnings.append(f"not reachable: {names}: see 'knode peer list'")
     if node.machine.sandbox is None:
         why = "; ".join(node.machine.sandbox_problems)
-        warnings.append(f"no sandbox holds here, so sandboxed agents are refused ({why}): install bubblewrap")
+        warnings.append(
+            f"no sandbox holds here, so sandboxed agents are refused ({why}): "
+            "mend that or install bubblewrap, then start the node anew"
+        )
     for entry in node.registry.list():
         if entry.state is AgentState.REFUSED:
             warnings.append(f"agent {entry.manifest.id} is refused ({entry.problem}): install it again")

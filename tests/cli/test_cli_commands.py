@@ -415,7 +415,7 @@ def test_ctrl_c_is_exit_130_and_cancels_the_call(process: Any, daemon: Any) -> N
         assert daemon.waiting.wait(60)
         run.send_signal(signal.SIGINT)
         out, err = run.communicate(timeout=60)
-    assert (run.returncode, out, err) == (130, "", "")
+    assert (run.returncode, out, err) == (130, "", "interrupted: the task goes on\n")
     assert daemon.cancelled.wait(60)
 
 

@@ -151,7 +151,11 @@ def watch_task(context: typer.Context, task: Task) -> None:
     def step(progress: dict[str, Any]) -> None:
         session.show_line(progress, render.progress)
 
-    settled = session.call("task.watch", {"task": task}, step)
+    try:
+        settled = session.call("task.watch", {"task": task}, step)
+    except KeyboardInterrupt:
+        session.note("interrupted: the task goes on")
+        raise
     session.show_line(settled, render.task)
     raise typer.Exit(_settled(session, settled))
 
