@@ -55,7 +55,7 @@ class Clocks:
         self._has_warned = False
         self._heard: dict[bytes, float] = {}
         """By raw id: what a member's clock says at most, less this node's monotonic clock, milliseconds."""
-        peers.on_event(TOPIC, self._take)
+        peers.on_bulletin(TOPIC, self._take)
 
     async def run(self) -> None:
         """Announce this node's clock while it votes, until cancelled."""
