@@ -49,6 +49,8 @@ class Host:
         self.on_open = on_open
         """Called with each node that was opened, before it does anything."""
         self._node: Node | None = None
+        self._running: Node | None = None
+        """Of its present life, from the moment at which it is opened."""
         self.failures: list[str] = []
         """Errors that ended a life of the node, or that it could not start with."""
         self.clock = SimulatedClock(clock_skew_s)
@@ -82,7 +84,7 @@ class Host:
 
     def runs(self, node: Node) -> bool:
         """Tell whether this node's process is there, awake or not: what a dead one says reaches nobody."""
-        return self._node is node
+        return self._running is node
 
     @property
     def world(self) -> World:
@@ -136,6 +138,7 @@ class Host:
                     sandbox=SimulatedSandbox(world),
                 )
                 node = await Node.open(world, self.home, settings, carriers, machine, self._log)
+                self._running = node
                 for tell in self.on_open:
                     tell(self, node)
                 async with trio.open_nursery() as nursery:
@@ -147,7 +150,7 @@ class Host:
             self.failures.append(repr(error))
             self._trace.note(self.name, "the node failed", error=repr(error))
         finally:
-            self._node, self.is_living = None, False
+            self._node, self._running, self.is_living = None, None, False
             if self._after_crash is not None:
                 self.disk.close()
                 self.disk, self._after_crash = self._after_crash, None
@@ -180,7 +183,7 @@ class Host:
         self._network.break_links(self.name)
         self.disk.watch(lambda event: None)
         self._after_crash = left
-        self._node = None
+        self._node = self._running = None
         self._life.cancel()
         self._tell()
 

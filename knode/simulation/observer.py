@@ -50,7 +50,7 @@ class Observer:
 
     def attach(self, host: Host, node: Node) -> None:
         """Watch a node that has just been started."""
-        node.replica.on_applied.append(partial(self._take, host.name, node))
+        node.replica.on_applied.append(partial(self._take, host, node))
 
     def look(self, name: str, node: Node) -> None:
         """Take note of who leads now."""
@@ -61,7 +61,10 @@ class Observer:
         if known != name:
             self.wrong.append(f"{known} and {name} lead in term {raft.term}")
 
-    def _take(self, name: str, node: Node, entries: Sequence[Entry], outcomes: Sequence[Any]) -> None:
+    def _take(self, host: Host, node: Node, entries: Sequence[Entry], outcomes: Sequence[Any]) -> None:
+        if not host.runs(node):
+            return  # its process is gone, and only its tasks still end, on a disk that nobody will read
+        name = host.name
         self.look(name, node)
         incarnation = node.replica.standing.incarnation.hash if node.replica.standing is not None else b""
         for entry, outcome in zip(entries, outcomes, strict=True):
