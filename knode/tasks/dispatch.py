@@ -345,6 +345,7 @@ class Dispatcher:
         now = self._store.live.get(task.id)
         if (outcome is None or outcome.code is not None) and now is not None and now.state is State.QUEUED:
             self._queue.add(now, self.now() + PUT_OFF_MS)
+            self._wake()
 
     # Leases and time.
 
@@ -423,7 +424,11 @@ class Dispatcher:
         totals = self._store.totals
         if totals.kept > KEPT_TASKS or is_crowded(totals):
             return True
-        return await self._store.has_operations_before(self.now() - KEPT_OPERATIONS_MS)
+        try:
+            return await self._store.has_operations_before(self.now() - KEPT_OPERATIONS_MS)
+        except KnodeError as error:
+            self._log.error("old operations cannot be looked for", why=str(error))
+            return False
 
     async def _try(self, command: Command) -> Outcome | None:
         """Propose; return None when nobody can say what came of it."""

@@ -13,7 +13,8 @@ from trio.testing import MockClock
 from knode.errors import Code, KnodeError
 from knode.node.status import status
 from knode.tasks import ledger
-from knode.tasks.commands import Fence
+from knode.tasks.commands import Assign, Fence
+from knode.tasks.dispatch import FORGET_EVERY_S
 from knode.tasks.durable import Request
 from knode.tasks.lifecycle import State
 from knode.tasks.messages import FailAttempt, TaskView
@@ -92,6 +93,23 @@ async def test_one_task_whose_end_meets_a_fault_does_not_keep_others_from_expiri
     assert not (await desk.node.ledger.find(views[0].id.hex())).task.state.final
 
 
+async def test_a_task_whose_assignment_meets_a_fault_is_tried_again_in_a_cell_that_is_idle(
+    autojump_clock: MockClock, cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[bytes] = []
+
+    def is_first(command: Assign) -> bool:
+        met.append(command.task)
+        return len(met) <= 2  # in a batch that meets a fault each command is applied twice
+
+    break_rule(monkeypatch, "_assign", is_first)
+    desk = await cell.add("desk")
+    view = await submit(desk, "break")  # what is tried again is queued, then assigned
+    assert (await ended(desk, view.id)).attempt == 3
+    assert len(met) == 4
+    assert trio.current_time() < 60
+
+
 async def test_status_counts_what_durable_tasks_keep_and_what_was_refused(
     autojump_clock: MockClock, cell: Cell
 ) -> None:
@@ -112,3 +130,19 @@ async def test_status_counts_what_durable_tasks_keep_and_what_was_refused(
     assert status(leader.node)["durable"]["refused_ends"] == {"stale": 1}
     await cell.until(lambda: not len(attic.node.attempts))
     assert status(attic.node)["durable"]["kept_attempt_bytes"] == 0
+
+
+async def test_a_node_goes_on_when_old_operations_cannot_be_looked_for(
+    autojump_clock: MockClock, cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    async def damaged(time: int) -> bool:
+        asked.append(time)
+        raise KnodeError(Code.HOME_DAMAGED, "the disk fails")
+
+    desk = await cell.add("desk")
+    monkeypatch.setattr(desk.node.ledger, "has_operations_before", damaged)
+    await trio.sleep(FORGET_EVERY_S + 5)
+    assert asked
+    assert (await ended(desk, (await submit(desk, "say well")).id)).result == b"well"
