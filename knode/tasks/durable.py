@@ -375,6 +375,7 @@ class Durable:
                 raise KnodeError(Code.CANCELLED, "the task was cancelled before it was submitted")
             request = await self._spread(request)
             await self._outbox.change_holders(request)
+        request = msgspec.structs.replace(request, is_cancelled=is_cancelled)
         view = await self._leader.ask(SUBMIT, request, deadline=self._in(COMMIT_S))
         self._log.info("a pending task is committed", task=view.id.hex(), state=view.state)
         if is_cancelled and not view.state.final:

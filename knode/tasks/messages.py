@@ -92,6 +92,8 @@ class SubmitTask(msgspec.Struct, frozen=True, array_like=True):
     task: NewTask
     holders: Annotated[tuple[MemberId, ...], msgspec.Meta(max_length=MAX_HOLDERS)]
     """Members that hold all of its files."""
+    is_cancelled: bool = False
+    """It is submitted to be cancelled, so nobody need be able to run it."""
 
 
 class CancelTask(msgspec.Struct, frozen=True, array_like=True):

@@ -140,8 +140,9 @@ class Reception:
     async def _submit(self, asked: Asked, request: SubmitTask) -> TaskView:
         self._check_leads()
         work = Work(request.id, request.task.agent, request.task.on, request.holders)
-        assignment = None
-        if request.id not in self._store.live and (assignment := self._dispatcher.assign(work)) is None:
+        is_to_run = request.id not in self._store.live and not request.is_cancelled
+        assignment = self._dispatcher.assign(work) if is_to_run else None
+        if is_to_run and assignment is None:
             try:
                 self._dispatcher.check(work)
             except KnodeError:

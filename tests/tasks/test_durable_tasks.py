@@ -304,6 +304,22 @@ async def test_a_pending_task_is_cancelled_when_the_quorum_is_back(
     assert (await settled(desk, waiting.id)).state is State.CANCELLED
 
 
+async def test_a_pending_task_that_nobody_can_run_can_be_cancelled(
+    autojump_clock: MockClock, cell: Cell
+) -> None:
+    hosts = await three(cell)
+    desk, others = hosts[0], hosts[1:]
+    for host in others:
+        await cell.crash(host)
+    waiting = await desk.node.durable.submit(Request("kNobody:has-it", b""))
+    for host in others:
+        await cell.start(host)
+    await cell.until(lambda: [row.code for row in desk.node.outbox.rows()] == ["NO_ELIGIBLE_NODE"])
+    assert isinstance(await desk.node.durable.cancel(waiting.id), Waiting)
+    assert (await settled(desk, waiting.id)).state is State.CANCELLED
+    assert desk.node.outbox.rows() == []
+
+
 async def test_what_a_lost_worker_had_runs_elsewhere_and_its_late_end_is_stale(
     autojump_clock: MockClock, cell: Cell
 ) -> None:
