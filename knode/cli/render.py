@@ -253,7 +253,8 @@ def explanation(document: Document) -> str:
     task = document["task"]
     shown = {key: task[key] for key in ("id", "agent", "state", "attempt", "node")}
     shown |= {name: moment(task[name]) for name in _TIMES if name in task}
-    parts = [fields(shown | {"waits for": document["waits_for"]})]
+    reasons = {"waits for": document["waits_for"], "given back": document["given_back"]}
+    parts = [fields(shown | reasons)]
     for title, considered in (("when assigned", document["considered"]), ("now", document["now"])):
         if considered:
             rows = ((one["node"], one["score"], one["why"]) for one in considered)

@@ -126,9 +126,12 @@ class TaskMethods:
         if isinstance(found, Waiting):
             met = f" ({found.message})" if found.message else ""
             waits_for = f"the voters to take it{met}" if found.is_pending else ""
-            return self._explained(self._document(found), waits_for, (), ())
+            return self._explained(self._document(found), waits_for)
         said = await self._node.durable.explain(found.id)
-        return self._explained(self._document(said.task), said.waits_for, said.considered, said.now)
+        given_back = "" if said.task.state.final else said.task.message
+        return self._explained(
+            self._document(said.task), said.waits_for, given_back, said.considered, said.now
+        )
 
     async def _watch(self, of: OfTask, notify: Notify) -> Any:
         found, _ = await self._find(of.task)
@@ -224,12 +227,14 @@ class TaskMethods:
         self,
         document: dict[str, Any],
         waits_for: str,
-        considered: tuple[Considered, ...],
-        now: tuple[Considered, ...],
+        given_back: str = "",
+        considered: tuple[Considered, ...] = (),
+        now: tuple[Considered, ...] = (),
     ) -> dict[str, Any]:
         return {
             "task": document,
             "waits_for": waits_for or None,
+            "given_back": given_back or None,
             "considered": [self._considered(one) for one in considered],
             "now": [self._considered(one) for one in now],
         }

@@ -285,7 +285,9 @@ def _expire(tables: Tables, command: Expire) -> Outcome:
     for id in command.tasks:
         task = tables.task(id)
         if task is not None and not task.state.final and task.deadline <= tables.totals.now:
-            _end(tables, task, Event.DEADLINE, code=Code.EXPIRED, message="its deadline passed")
+            before = f"; before that: {task.message}" if task.message else ""
+            why = f"its deadline passed{before}"
+            _end(tables, task, Event.DEADLINE, code=Code.EXPIRED, message=why)
             count += 1
     return Outcome(count=count)
 

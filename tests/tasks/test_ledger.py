@@ -246,6 +246,8 @@ async def test_a_deadline_is_the_ledgers_and_not_that_of_who_says_so(to: bytes |
         await c.do(c.submit(1, new_task(deadline_ms=1000), to=to), c.submit(2, to=to))
         c.now = START + 999
         assert (await c.one(c.expire(1, 2, 3))).count == 0
+        if to is not None:
+            await c.do(c.release(1, charged=False))
         c.now = START + 1000
         assert (await c.one(c.expire(1, 2, 3))).count == 1
         assert (await c.one(c.expire(1, 2, 3))).count == 0
@@ -253,6 +255,8 @@ async def test_a_deadline_is_the_ledgers_and_not_that_of_who_says_so(to: bytes |
         record = await c.store.task(id_of(1))
         assert record is not None
         assert (record.task.state, record.task.code) == (State.EXPIRED, Code.EXPIRED)
+        last = "" if to is None else "; before that: its node is gone"
+        assert record.task.message == f"its deadline passed{last}"
 
 
 async def test_a_task_is_not_assigned_after_its_deadline() -> None:
