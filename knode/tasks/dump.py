@@ -165,13 +165,14 @@ def _read(disk: Disk, path: Path) -> Iterator[Record]:
     reader = _Reader(disk, path)
     header = reader.take(len(_HEADER))
     if header != _HEADER:
-        if header.startswith(_MAGIC):
+        if header.startswith(_MAGIC) and header > _HEADER:
             raise KnodeError(
                 Code.HOME_TOO_NEW,
-                "the ledger's dump was written by another version of knode",
+                "the ledger's dump was written by a newer knode",
                 "install the version that the other voters run",
             )
-        raise _damaged("it is no dump of a ledger")
+        # An older one comes anew once its leader runs a newer knode: that must not stop this node for good.
+        raise _damaged("it is no dump that this knode reads")
     rows = -1
     while True:
         digest = reader.digest.digest()

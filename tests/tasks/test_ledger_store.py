@@ -277,6 +277,20 @@ async def test_a_damaged_ledger_can_be_cleared_too() -> None:
         await c.do(c.submit(1))
 
 
+async def test_a_dump_of_a_newer_knode_stops_and_one_of_an_older_is_to_be_sent_again() -> None:
+    async with cell() as c:
+        await some_tasks(c)
+        await c.store.dump(DUMP)
+        begin, version, rest = b"knode ledger ", 2, c.world.disk.read(DUMP, limit_bytes=2**20)[14:]
+        for other, code in ((version - 1, Code.BAD_FRAME), (version + 1, Code.HOME_TOO_NEW)):
+            c.world.disk.write(DUMP, begin + b"%d" % other + rest)
+            with pytest.raises(KnodeError) as error:
+                await c.store.restore(DUMP)
+            assert error.value.code is code
+        c.world.disk.write(DUMP, begin + b"%d" % version + rest)
+        await c.store.restore(DUMP)
+
+
 async def test_a_dump_that_is_damaged_anywhere_changes_nothing() -> None:
     async with cell() as c:
         await some_tasks(c)
