@@ -178,9 +178,9 @@ def survey(document: Document) -> str:
     if document["founds"]:
         away = ", ".join(document["missing"]) or "nobody"
         return (
-            f"away: {away}; no member that is here has a ledger.\n"
-            f"The cell's ledger begins on {document['survivor']}, with nothing. If one that is away has a "
-            "ledger, what it has is lost for good: then start that one instead."
+            f"away, or not saying what it has: {away}; nobody else has a ledger.\n"
+            f"The cell's ledger begins on {document['survivor']}, with nothing. If one of those has a "
+            "ledger, what it has is lost for good: then bring that one back instead."
         )
     since = f" since {document['leaderless_since']}" if document["leaderless_since"] else ""
     lines = [

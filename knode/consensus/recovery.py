@@ -63,7 +63,7 @@ class Survey:
     """Others that are here and have more."""
     founds: bool = False
     """Whether nobody who is here knows of any ledger, so that the cell's first one is to begin; then
-    `missing` are all who are not here and could have one."""
+    `missing` are all who could have one and do not say what they have."""
 
 
 class Recovery:
@@ -112,7 +112,7 @@ class Recovery:
                 f"this node's ledger is {verdict}",
                 "'knode status' says what to do about it",
             )
-        missing = self._away(but=lost) if founds else self._electorate.missing(but=lost)
+        missing = [] if founds else self._electorate.missing(but=lost)
         if missing is None:
             raise KnodeError(
                 Code.NOT_ALLOWED,
@@ -121,6 +121,8 @@ class Recovery:
             )
         end = LogEnd(raft.last_term, raft.last_index)
         others = await self._ask_others(but=lost)
+        if founds:
+            missing = self._silent(said=[member for member, _ in others], but=lost)
         return Survey(
             end,
             raft.committed,
@@ -176,14 +178,13 @@ class Recovery:
             return False
         return self._membership.own.role in VOTING_ROLES
 
-    def _away(self, *, but: Collection[Member]) -> list[str]:
+    def _silent(self, *, said: Collection[Member], but: Collection[Member]) -> list[str]:
+        """Return who could have a ledger and did not say that it has none: away, or here with a full disk."""
         roster, own = self._membership.roster, self._membership.own
         return [
             member.name
             for member in roster.members.values()
-            if member not in (own, *but)
-            and member.role in VOTING_ROLES
-            and self._peers.peer(member.key).state is not PeerState.ALIVE
+            if member not in (own, *said, *but) and member.role in VOTING_ROLES
         ]
 
     async def _ask_others(self, *, but: Collection[Member]) -> list[tuple[Member, LogEnd]]:

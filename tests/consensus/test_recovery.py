@@ -354,6 +354,10 @@ async def test_no_ledger_is_founded_where_one_may_be(autojump_clock: MockClock, 
     newcomer.electorate._heard.clear()  # as if the voter had only just come
     error = await refused(Code.NOT_ALLOWED, begin)
     assert "node0 is here and has more" in error.message
+    async with nodes[0].replica.suspended():  # as if its disk were full: it is here, and cannot say
+        newcomer.electorate._heard.clear()
+        survey = await newcomer.recovery.survey()
+        assert (survey.founds, survey.more, survey.missing) == (True, (), ("node0", "node1", "node2"))
     await role(Role.OBSERVER)
     await until(lambda: newcomer.membership.own.role is Role.OBSERVER)
     await refused(Code.UNAVAILABLE, begin)
