@@ -181,7 +181,13 @@ def test_times_of_tasks_are_read_in_local_time(
     time.tzset()
     timed = {**TASK, "submitted": 1_767_225_600_250, "deadline": None}
     daemon.results |= {"task.list": [timed], "task.show": timed, "task.cancel": timed}
-    daemon.results["task.explain"] = {"task": timed, "waits_for": None, "considered": [], "now": []}
+    daemon.results["task.explain"] = {
+        "task": timed,
+        "waits_for": None,
+        "given_back": None,
+        "considered": [],
+        "now": [],
+    }
     try:
         assert "2026-01-01 05:30:00" in knode("task", "list").out
         for command in ("show", "cancel", "explain"):
@@ -199,6 +205,7 @@ def test_an_explanation_shows_every_node_and_effects_every_operation(knode: Any,
     daemon.results["task.explain"] = {
         "task": {**TASK, "state": "queued"},
         "waits_for": "a free place",
+        "given_back": None,
         "considered": [],
         "now": seen,
     }
