@@ -96,7 +96,7 @@ async def run_one(node: Node) -> None:
     view = await node.durable.submit(Request("kExecutor:text", INPUT), keep=False)
     assert isinstance(view, TaskView)
     if not view.state.final:
-        async for step in node.durable.follow(view.id, view):
+        async for step in node.following.follow(view.id, view):
             view = step
     assert isinstance(view, TaskView)
     assert view.state == "succeeded", view

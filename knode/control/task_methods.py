@@ -16,7 +16,8 @@ from knode.mesh.roster import Roster
 from knode.node.node import Node
 from knode.tasks.commands import Considered
 from knode.tasks.direct import DEFAULT_DEADLINE_S, Submission
-from knode.tasks.durable import Request, is_selector, not_found
+from knode.tasks.durable import Request, is_selector
+from knode.tasks.following import not_found
 from knode.tasks.messages import TaskView
 from knode.tasks.outbox import Waiting
 from knode.tasks.task import Task
@@ -188,7 +189,7 @@ class TaskMethods:
         reports = 0
         last: TaskView | Waiting | None = None
         step: tuple[object, ...]
-        async for last in self._node.durable.follow(task, known):
+        async for last in self._node.following.follow(task, known):
             if isinstance(last, Waiting):
                 step, text = ("pending",), f"pending: {last.message or 'not committed yet'}"
             else:

@@ -49,6 +49,7 @@ from knode.tasks.direct import DirectTasks
 from knode.tasks.dispatch import Dispatcher
 from knode.tasks.durable import Durable
 from knode.tasks.folders import Folders
+from knode.tasks.following import Following
 from knode.tasks.holding import Holding
 from knode.tasks.inputs import Inputs
 from knode.tasks.leader import Leader
@@ -188,6 +189,7 @@ class Node:
         self.reception = Reception(world, self.leader, self.replica, ledger, self.dispatcher, log)
         self.outbox = Outbox(world, database, log)
         self.durable = Durable(world, self.membership, self.leader, ledger, self.inputs, self.outbox, log)
+        self.following = Following(world, self.leader, self.outbox, log)
         self._work = work
         self._database = database
         self._listeners: list[Listener] = []
@@ -302,6 +304,7 @@ class Node:
             await nursery.start(self.attempts.run)
             nursery.start_soon(self.dispatcher.run)
             nursery.start_soon(self.durable.run)
+            nursery.start_soon(self.following.run)
             await nursery.start(self.peers.run, self._listeners)
             nursery.start_soon(self.gossip.run)
             nursery.start_soon(self._keep_contact)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,18 @@ from knode.errors import Code, KnodeError
 from knode.mesh.membership import Membership
 from knode.tasks.commands import ATTEMPTS, MAX_KEY, NewTask, task_digest
 from knode.tasks.inputs import Fate, Inputs
-from knode.tasks.leader import CANCEL, EFFECTS, EXPLAIN, FATES, LIST, SHOW, SUBMIT, WAIT, Leader
+from knode.tasks.leader import (
+    CANCEL,
+    EFFECTS,
+    EXPLAIN,
+    FATES,
+    LIST,
+    NO_MEMBER,
+    NO_QUORUM,
+    SHOW,
+    SUBMIT,
+    Leader,
+)
 from knode.tasks.messages import (
     AskFates,
     CancelTask,
@@ -23,12 +33,10 @@ from knode.tasks.messages import (
     Explanation,
     ListEffects,
     ListTasks,
-    Seen,
     Selector,
     ShowTask,
     SubmitTask,
     TaskView,
-    WaitForTasks,
 )
 from knode.tasks.outbox import Outbox, Waiting
 from knode.tasks.store import LedgerStore
@@ -46,11 +54,6 @@ KEY_LIVES_S = 24 * 3600.0
 LONGEST_DEADLINE_S = 30 * 86_400.0
 LISTED_TASKS = 1000
 LISTED_EFFECTS = 10_000
-FOLLOWED_AT_ONCE = 1024
-POLL_S = 25.0
-
-_NO_QUORUM = frozenset({Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT})
-_NO_MEMBER = frozenset({Code.KEY_REVOKED, Code.UNKNOWN_PEER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +101,11 @@ class Durable:
         self._store = store
         self._inputs = inputs
         self._log = log
-        self._followed: dict[bytes, _Followed] = {}
-        self._following = trio.Event()
-        self._poll = trio.CancelScope()
-        outbox.changed.append(self._tell)
 
     async def run(self) -> None:
-        """Follow what is followed, and submit what is pending, until cancelled."""
+        """Submit what is pending, and have its files kept, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._outbox.run, self._submit_again)
-            nursery.start_soon(self._follow_all)
             nursery.start_soon(self._keep_files)
 
     async def submit(self, request: Request, *, keep: bool = True) -> TaskView | Waiting:
@@ -148,7 +146,7 @@ class Durable:
                 try:
                     return await self._leader.ask(SUBMIT, submit, deadline=self._in(COMMIT_S))
                 except KnodeError as error:
-                    if error.code not in _NO_QUORUM:
+                    if error.code not in NO_QUORUM:
                         raise
                     if not keep:
                         raise _uncommitted(submit.key, error) from error
@@ -170,7 +168,7 @@ class Durable:
                 tasks += page.tasks
                 more = page.more and bool(page.tasks)
         except KnodeError as error:
-            if error.code not in _NO_QUORUM | _NO_MEMBER:
+            if error.code not in NO_QUORUM | NO_MEMBER:
                 raise
             records = await self._store.list(LISTED_TASKS)
             return Found(tuple(map(view_of_record, records)), is_confirmed=False)
@@ -189,7 +187,7 @@ class Durable:
         except KnodeError as error:
             if error.code is Code.NOT_FOUND:
                 return await self._show_settled(selector)
-            if error.code not in _NO_QUORUM | _NO_MEMBER:
+            if error.code not in NO_QUORUM | NO_MEMBER:
                 raise
             return await self._show_known(selector)
         return Found((view,), is_confirmed=True)
@@ -255,58 +253,6 @@ class Durable:
                 return waiting
         task = self._outbox.task_of(task)
         return await self._leader.ask(CANCEL, CancelTask(task), deadline=self._in(COMMIT_S))
-
-    async def follow(
-        self, task: bytes, known: TaskView | None = None
-    ) -> AsyncGenerator[TaskView | Waiting, None]:
-        """Give a task as it is and then each time that it has changed, until it has ended.
-
-        Args:
-            task: its id.
-            known: how it was a moment ago, as `submit` told: then only changes are asked for.
-
-        Raises:
-            KnodeError: NOT_FOUND when the cell does not know it, RATE_LIMITED; KEY_REVOKED, UNKNOWN_PEER once
-                this node is no member.
-        """
-        followed = self._followed.get(task)
-        if followed is None:
-            if len(self._followed) >= FOLLOWED_AT_ONCE:
-                raise KnodeError(
-                    Code.RATE_LIMITED,
-                    f"{FOLLOWED_AT_ONCE} tasks are followed on this node",
-                    "try again later",
-                )
-            followed = self._followed[task] = _Followed(task, known)
-        followed.followers += 1
-        try:
-            if followed.followers == 1 or followed.view is None:
-                self._ask_anew()
-            while True:
-                changed = followed.changed
-                waiting = self._outbox.get(task)
-                if waiting is not None:
-                    yield waiting
-                    if not waiting.is_pending:
-                        return
-                elif (settled := self._outbox.task_of(task)) != task:
-                    async with aclosing(self.follow(settled)) as views:
-                        async for view in views:
-                            yield view
-                    return
-                elif followed.error is not None:
-                    raise followed.error.bare()
-                elif followed.is_missing:
-                    raise not_found(task.hex())
-                elif followed.view is not None:
-                    yield followed.view
-                    if followed.view.state.final:
-                        return
-                await changed.wait()
-        finally:
-            followed.followers -= 1
-            if not followed.followers:
-                del self._followed[task]
 
     # Submitting.
 
@@ -386,92 +332,8 @@ class Durable:
                     raise
         return view.id
 
-    # Following: one question for all that is followed.
-
-    def _ask_anew(self) -> None:
-        self._following.set()
-        self._poll.cancel()
-
-    def _tell(self, task: bytes) -> None:
-        """The outbox has changed: whoever follows that task looks again, in the ledger when it is there."""
-        followed = self._followed.get(task)
-        if followed is not None:
-            followed.tell()
-            self._ask_anew()
-
-    async def _follow_all(self) -> None:
-        while True:
-            self._following = trio.Event()
-            asked = {
-                task: followed
-                for task, followed in self._followed.items()
-                if not followed.is_settled and (followed.view is not None or self._is_in_ledger(task))
-            }
-            if not asked:
-                await self._following.wait()
-                continue
-            seen = tuple(followed.seen for followed in asked.values())
-            with trio.CancelScope() as self._poll:
-                try:
-                    page = await self._leader.ask(WAIT, WaitForTasks(seen), deadline=self._in(POLL_S))
-                except KnodeError as error:
-                    if error.code not in _NO_QUORUM:
-                        self._log.warning("tasks cannot be followed", code=error.code, why=str(error))
-                        if error.code in _NO_MEMBER:
-                            for followed in asked.values():
-                                followed.fail(error.bare())
-                        await trio.sleep(1)
-                    continue
-                for view in page.tasks:
-                    if view.id in asked:
-                        asked[view.id].take(view)
-                for task in page.missing:
-                    if task in asked:
-                        asked[task].miss()
-
-    def _is_in_ledger(self, task: bytes) -> bool:
-        """Tell whether this id, if any task has it, is that of a task in the ledger."""
-        return self._outbox.get(task) is None and self._outbox.task_of(task) == task
-
     def _in(self, seconds: float) -> Monotonic:
         return Monotonic(self._world.clock.monotonic() + seconds)
-
-
-class _Followed:
-    """A task that somebody follows."""
-
-    def __init__(self, task: bytes, known: TaskView | None) -> None:
-        self.followers = 0
-        self.view: TaskView | None = None
-        self.seen = Seen(task, None, 0, 0)
-        """What is known of it, as the leader is told: each time, with all others that are followed."""
-        self.is_missing = False
-        self.error: KnodeError | None = None
-        """Why nobody will ever tell this node."""
-        self.is_settled = False
-        """Whether nothing new can come."""
-        self.changed = trio.Event()
-        if known is not None:
-            self.take(known)
-
-    def take(self, view: TaskView) -> None:
-        if not self.is_settled:
-            self.view = view
-            self.seen = Seen(self.seen.task, view.state, view.attempt, view.reports)
-            self.is_settled = view.state.final
-            self.tell()
-
-    def miss(self) -> None:
-        self.is_missing = self.is_settled = True
-        self.tell()
-
-    def fail(self, error: KnodeError) -> None:
-        self.error, self.is_settled = error, True
-        self.tell()
-
-    def tell(self) -> None:
-        self.changed.set()
-        self.changed = trio.Event()
 
 
 def is_selector(text: str) -> bool:
@@ -481,15 +343,6 @@ def is_selector(text: str) -> bool:
     except msgspec.ValidationError:
         return False
     return True
-
-
-def not_found(selector: str) -> KnodeError:
-    """Return the error for a task that nobody knows."""
-    return KnodeError(
-        Code.NOT_FOUND,
-        f"there is no task {selector[:64]!r}",
-        "'knode task list' shows the cell's tasks, and the direct ones of this node since its start",
-    )
 
 
 def _uncommitted(key: str, error: KnodeError) -> KnodeError:

@@ -57,7 +57,10 @@ A = TypeVar("A", bound=msgspec.Struct)
 
 REPORT_TOPIC = "task.progress"
 _report: Decoder[AttemptReport] = Decoder(AttemptReport)
-_ASK_AGAIN = frozenset({Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT})
+NO_QUORUM = frozenset({Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT})
+"""What `Leader.ask` raises when nobody that leads could be asked, or gave an answer."""
+NO_MEMBER = frozenset({Code.KEY_REVOKED, Code.UNKNOWN_PEER})
+"""And when this node is none."""
 
 
 class Question(Generic[B, A]):
@@ -152,7 +155,7 @@ class Leader:
                 leader = await self._replica.find_leader(deadline=until)
                 return await self._ask(leader, question, body, deadline)
             except KnodeError as error:
-                if error.code not in _ASK_AGAIN:
+                if error.code not in NO_QUORUM:
                     raise
                 if (refusal := self._shut_out()) is not None:
                     raise refusal from error

@@ -36,7 +36,7 @@ async def submit(host: Host, line: str, **rest: Any) -> bytes:
 async def settled(host: Host, task: bytes) -> TaskView:
     last: TaskView | Waiting | None = None
     with trio.fail_after(600):
-        async for view in host.node.durable.follow(task):
+        async for view in host.node.following.follow(task):
             last = view
     assert isinstance(last, TaskView)
     return last

@@ -31,7 +31,7 @@ async def submit(host: Host, line: str, **rest: Any) -> TaskView:
 async def ended(host: Host, task: bytes) -> TaskView:
     last: TaskView | Waiting | None = None
     with trio.fail_after(3600):
-        async for view in host.node.durable.follow(task):
+        async for view in host.node.following.follow(task):
             last = view
     assert isinstance(last, TaskView)
     return last

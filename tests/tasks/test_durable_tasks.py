@@ -36,7 +36,7 @@ async def submit(host: Host, line: str = "", agent: str = COMMAND, **rest: objec
 async def settled(host: Host, task: bytes) -> TaskView:
     last: TaskView | Waiting | None = None
     with trio.fail_after(600):
-        async for view in host.node.durable.follow(task):
+        async for view in host.node.following.follow(task):
             last = view
     assert isinstance(last, TaskView)
     return last
@@ -59,7 +59,7 @@ async def test_who_follows_what_it_submitted_is_told_of_changes_alone(
     for host in hosts:
         for size in (1, 100_000):
             submitted = await submit(host, "say " + size * "x", on="desk")
-            views = [view async for view in host.node.durable.follow(submitted.id, submitted)]
+            views = [view async for view in host.node.following.follow(submitted.id, submitted)]
             assert views[0] == submitted
             assert [view.state for view in views if isinstance(view, TaskView)] == ["assigned", "succeeded"]
             assert isinstance(views[1], TaskView)
@@ -69,7 +69,7 @@ async def test_who_follows_what_it_submitted_is_told_of_changes_alone(
 async def test_who_follows_what_the_ledger_has_no_more_is_told(autojump_clock: MockClock, cell: Cell) -> None:
     desk = await cell.add("desk")
     gone = msgspec.structs.replace(await submit(desk, "say x"), id=bytes(16))
-    views = desk.node.durable.follow(gone.id, gone)
+    views = desk.node.following.follow(gone.id, gone)
     assert await anext(views) == gone
     with pytest.raises(KnodeError) as error:
         await anext(views)
@@ -272,7 +272,7 @@ async def test_a_pending_task_that_the_cell_knows_by_its_key_is_found_by_both_id
     seen: list[bytes] = []
 
     async def watch() -> None:
-        async for view in desk.node.durable.follow(waiting.id):
+        async for view in desk.node.following.follow(waiting.id):
             seen.append(view.id)
 
     async with trio.open_nursery() as nursery:
@@ -435,7 +435,7 @@ async def test_progress_is_seen_from_every_node(autojump_clock: MockClock, cell:
     view = await submit(desk, "report 0.5 half\nsleep 5\nreport 0.9 most\nsleep 5", on="attic")
     seen = [
         state.report.text
-        async for state in barn.node.durable.follow(view.id)
+        async for state in barn.node.following.follow(view.id)
         if isinstance(state, TaskView) and state.report is not None
     ]
     assert seen[0] == "half"

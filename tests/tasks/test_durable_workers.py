@@ -33,7 +33,7 @@ async def submit(host: Host, *lines: str, **rest: object) -> TaskView:
 async def settled(host: Host, task: bytes) -> TaskView:
     last: object = None
     with trio.fail_after(600):
-        async for view in host.node.durable.follow(task):
+        async for view in host.node.following.follow(task):
             last = view
     assert isinstance(last, TaskView)
     return last
