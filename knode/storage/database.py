@@ -45,9 +45,17 @@ class Database:
     never waits for the disk. Make one with `open`.
     """
 
-    def __init__(self, world: World, path: Path, connection: apsw.Connection, log: _WriteAheadLog) -> None:
+    def __init__(
+        self,
+        world: World,
+        path: Path,
+        connection: apsw.Connection,
+        log: _WriteAheadLog,
+        migrations: tuple[str, ...],
+    ) -> None:
         self._world = world
         self._path = path
+        self._migrations = migrations
         self._connection: apsw.Connection | None = connection
         self._write_ahead = log
         self._turn = Turns()
@@ -94,7 +102,7 @@ class Database:
                 world.disk.write(path, b"")
             return _connect(path, world.disk.sqlite_vfs, tuple(migrations), synchronous, log)
 
-        return cls(world, path, await world.blocking.run(connect), log)
+        return cls(world, path, await world.blocking.run(connect), log, tuple(migrations))
 
     async def write(self, work: Callable[[apsw.Connection], T]) -> T:
         """Run `work` in one transaction and return its result, once it is durable.
@@ -185,7 +193,12 @@ class Database:
             if self._connection is None:
                 raise trio.ClosedResourceError(f"{self._path} is closed")
             with _named_errors(self._path):
-                return await self._world.blocking.run(partial(run, self._connection, work))
+                try:
+                    return await self._world.blocking.run(partial(run, self._connection, work))
+                except apsw.SQLError:
+                    check = partial(_check_schema, self._connection, self._migrations)
+                    await self._world.blocking.run(check)
+                    raise
 
 
 class View:
@@ -315,6 +328,20 @@ def _execute_all(connection: apsw.Connection, script: str) -> None:
 def _migrate_once(connection: apsw.Connection, *, script: str, version: int) -> None:
     _execute_all(connection, script)
     connection.execute(f"PRAGMA user_version = {version}")
+
+
+def _check_schema(connection: apsw.Connection, migrations: tuple[str, ...]) -> None:
+    """Raise CorruptError when the tables are not as the migrations made them: what is wrong with a statement
+    then is not the statement."""
+    query = "SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY type, name"
+    made = apsw.Connection(":memory:")
+    try:
+        for script in migrations:
+            _execute_all(made, script)
+        if made.execute(query).fetchall() != connection.execute(query).fetchall():
+            raise apsw.CorruptError("its tables are not as they were made")
+    finally:
+        made.close()
 
 
 @contextlib.contextmanager

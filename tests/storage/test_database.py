@@ -333,3 +333,21 @@ async def test_closing_and_other_views_wait_for_a_view(tmp_path: Path) -> None:
     with pytest.raises(trio.ClosedResourceError):
         async with database.view():
             pass
+
+
+async def test_a_bit_of_a_tables_definition_that_flips_is_damage_and_a_wrong_statement_is_a_fault(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "node.db"
+    database = await Database.open(real_world(), path, [FIRST, SECOND])
+    with pytest.raises(apsw.SQLError):
+        await database.read(lambda connection: connection.execute("SELECT nothing FROM note"))
+    await database.aclose()
+    data = path.read_bytes()
+    assert data.count(b"text TEXT") == 1
+    path.write_bytes(data.replace(b"text TEXT", b"tezt TEXT"))
+    database = await Database.open(real_world(), path, [FIRST, SECOND])
+    with pytest.raises(KnodeError, match="not as they were made") as error:
+        await database.read(texts)
+    assert error.value.code is Code.HOME_DAMAGED
+    await database.aclose()
