@@ -46,7 +46,13 @@ def run_repeatably(main: Callable[[], Awaitable[T]], seed: int) -> T:
         raise Stalled(clock.complaint)
 
     with _seeded_scheduler(seed), _no_collector():
-        return trio.run(watched, clock=clock, strict_exception_groups=True)
+        # Ctrl-C within a callback of SQLite would become an error of its disk, and be lost.
+        return trio.run(
+            watched,
+            clock=clock,
+            restrict_keyboard_interrupt_to_checkpoints=True,
+            strict_exception_groups=True,
+        )
 
 
 @contextlib.contextmanager

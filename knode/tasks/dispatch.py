@@ -285,7 +285,7 @@ class Dispatcher:
 
     def _free(self, member: bytes) -> None:
         self._reserved[member] -= 1
-        if not self._reserved[member]:
+        if self._reserved[member] <= 0:  # below: it was reserved when this node led before
             del self._reserved[member]
 
     def _greet(self, peer: Peer, conversation: Conversation) -> None:
