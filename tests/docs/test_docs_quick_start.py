@@ -123,14 +123,17 @@ class Machine:
             return client.call(method, params)
 
     def wait_until_linked(self) -> None:
-        """Wait until every member is alive and its round trip was measured."""
+        """Wait until every member is alive, over the best link, and its round trip was measured."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             others = [member for member in self.call("status")["members"] if member["name"] != "home"]
-            if all(member["rtt_ms"] is not None and member["state"] == "alive" for member in others):
+            if all(
+                (member["state"], member["link"]) == ("alive", "websocket") and member["rtt_ms"] is not None
+                for member in others
+            ):
                 return
             time.sleep(0.05)
-        raise AssertionError(f"not all alive: {others}")
+        raise AssertionError(f"not all alive over a websocket: {others}")
 
 
 @dataclass
