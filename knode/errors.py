@@ -67,6 +67,12 @@ class Code(StrEnum):
     WRONG_NETWORK = "WRONG_NETWORK"
 
 
+UNANSWERED = frozenset({Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT})
+"""What a question ends with that nobody could be asked, or that nobody has answered."""
+NO_MEMBER = frozenset({Code.KEY_REVOKED, Code.UNKNOWN_PEER})
+"""What who asks is told by those that do not take it for a member (any more)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Meaning:
     """What a code says, whether asking again can help, and how the command line exits."""

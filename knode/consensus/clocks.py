@@ -86,7 +86,7 @@ class Clocks:
     def _votes(self) -> bool:
         if not self._membership.in_cell:
             return False
-        own = self._membership.roster.holders.get(self._membership.key.public.raw)
+        own = self._membership.own_if_member
         return own is not None and self._electorate.votes(own) is Votes.VOTER
 
     def _clock_of(self, replica: ReplicaId) -> int:

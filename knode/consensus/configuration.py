@@ -81,6 +81,11 @@ def may_vote(configuration: Configuration, replica: ReplicaId) -> bool:
     return replica in configuration.voters or replica in configuration.outgoing
 
 
+def gets_log(configuration: Configuration, replica: ReplicaId) -> bool:
+    """Whether it is one of `everyone`."""
+    return may_vote(configuration, replica) or replica in configuration.learners
+
+
 def everyone(configuration: Configuration) -> list[ReplicaId]:
     """Return all that get the log, each once, sorted."""
     return sorted({*configuration.voters, *configuration.outgoing, *configuration.learners})

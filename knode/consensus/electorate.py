@@ -15,7 +15,7 @@ from typing import Annotated
 import trio
 from msgspec import Meta, Struct
 
-from knode.consensus.configuration import everyone, may_vote
+from knode.consensus.configuration import everyone, gets_log, may_vote
 from knode.consensus.messages import Configuration, ReplicaId
 from knode.consensus.raft import Raft
 from knode.consensus.replica import Replica
@@ -162,7 +162,7 @@ class Electorate:
             for m in self._membership.roster.members.values()
             if m.id.raw in named
             and m.id.raw in said
-            and (not said[m.id.raw].fit or said[m.id.raw].replica not in everyone(configuration))
+            and (not said[m.id.raw].fit or not gets_log(configuration, said[m.id.raw].replica))
         ]
 
     def check_revocation(self, member: Member) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Generic, TypeVar
 
-from knode.consensus.configuration import may_vote
+from knode.consensus.configuration import gets_log
 from knode.consensus.messages import Configuration, ReplicaId
 
 T = TypeVar("T")
@@ -19,8 +19,7 @@ OTHERS = b""
 
 def share_of(configuration: Configuration, sender: ReplicaId) -> bytes:
     """Return whose share a replica's messages are of."""
-    named = may_vote(configuration, sender) or sender in configuration.learners
-    return sender if named else OTHERS
+    return sender if gets_log(configuration, sender) else OTHERS
 
 
 class Inbox(Generic[T]):

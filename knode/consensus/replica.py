@@ -16,7 +16,7 @@ from typing import Any
 import trio
 
 from knode.consensus.backlog import Backlog
-from knode.consensus.configuration import everyone
+from knode.consensus.configuration import gets_log
 from knode.consensus.driver import AGAIN_S, Driver, not_leader
 from knode.consensus.envelope import (
     REFUSED_TOPIC,
@@ -38,7 +38,7 @@ from knode.consensus.standing import Standing
 from knode.consensus.state_machine import StateMachine
 from knode.consensus.transfer import METHOD as SNAPSHOT_METHOD
 from knode.consensus.voters import VOTING_ROLES, member_of
-from knode.errors import Code, KnodeError
+from knode.errors import UNANSWERED, Code, KnodeError
 from knode.identity import PublicKey
 from knode.mesh.incarnations import Incarnation, Verdict
 from knode.mesh.liveness import PeerState
@@ -160,9 +160,9 @@ class Replica:
         nobody leads it.
         """
         life = self._life
-        if life is None or life.standing.replica_id not in everyone(life.driver.raft.configuration):
+        if life is None or not gets_log(life.driver.raft.configuration, life.standing.replica_id):
             return False
-        own = self._membership.roster.holders.get(self._membership.key.public.raw)
+        own = self._membership.own_if_member
         has_no_vote = own is not None and own.role not in VOTING_ROLES
         return life.driver.raft.leader is not None or not has_no_vote
 
@@ -437,7 +437,7 @@ class Replica:
     async def _open(self) -> None:
         """Begin to take part, if this node may; else `stopped` says why not."""
         roster = self._membership.roster
-        own = roster.holders.get(self._membership.key.public.raw)
+        own = self._membership.own_if_member
         if own is None:
             self.stopped = KnodeError(Code.KEY_REVOKED, "this node is no member of its cell any more")
             return
@@ -615,7 +615,7 @@ class Replica:
             answer = await self._peers.peer(leader.key).request("consensus.read", asked, deadline=until)
             return readables.decode(answer).index
         except KnodeError as error:
-            if error.code not in (Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT, Code.RATE_LIMITED):
+            if error.code not in UNANSWERED | {Code.RATE_LIMITED}:
                 raise
         await self.until_leader_changes()
         return None

@@ -212,7 +212,7 @@ class TaskMethods:
         return self._node.membership.roster
 
     def _own_name(self) -> str | None:
-        member = self._roster.holders.get(self._node.membership.key.public.raw)
+        member = self._node.membership.own_if_member
         return member.name if member is not None else None
 
     def _document(self, task: Task | Waiting | TaskView) -> dict[str, Any]:

@@ -141,6 +141,11 @@ class Membership:
         """This node, as a member; KEY_REVOKED or UNKNOWN_PEER when it is none (any more)."""
         return self.roster.admit(self.key.public.raw)
 
+    @property
+    def own_if_member(self) -> Member | None:
+        """This node, as a member; None when it is none (any more)."""
+        return self.roster.holders.get(self.key.public.raw)
+
     async def found(self, *, recovery: PublicKey, name: str) -> None:
         """Found a cell with this node as its first member, an admin."""
         if self._owner_key is None or self.in_cell:

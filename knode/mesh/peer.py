@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import msgspec
 import trio
 
-from knode.errors import Code, KnodeError
+from knode.errors import NO_MEMBER, Code, KnodeError
 from knode.identity import NodeId, PublicKey
 from knode.klp.codec import encode
 from knode.klp.keepalive import Load
@@ -115,7 +115,7 @@ class Peer:
     @property
     def shuts_out(self) -> bool:
         """Whether it does not take this node for a member, as far as is known."""
-        return self.refusal is not None and self.refusal.code in (Code.KEY_REVOKED, Code.UNKNOWN_PEER)
+        return self.refusal is not None and self.refusal.code in NO_MEMBER
 
     @property
     def load(self) -> Load | None:

@@ -8,7 +8,7 @@ from itertools import permutations
 
 import trio
 
-from knode.errors import Code, KnodeError
+from knode.errors import UNANSWERED, KnodeError
 from knode.mesh.statements import Role
 from knode.node import Node
 from knode.simulation.host import Host
@@ -211,7 +211,7 @@ class Cell:
                     await host.node.join(ticket, host.name)
                 return
             except KnodeError as error:
-                if error.code not in (Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT):
+                if error.code not in UNANSWERED:
                     host.failures.append(f"could not join: {error!r}")
                     return
             await trio.sleep(JOIN_AGAIN_S)

@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 
 import trio
 
-from knode.errors import Code, KnodeError
+from knode.errors import NO_MEMBER, UNANSWERED, Code, KnodeError
 from knode.node import Node
 from knode.simulation.cell import Cell
 from knode.simulation.host import Host
@@ -26,16 +26,11 @@ from knode.tasks.outbox import Waiting
 AGENT = "kExecutor:command"
 LOOKS_A_TASK = 16
 """A task is looked at no more often: what is to be decided about its history grows fast."""
-UNSAID = frozenset(
-    {
-        *(Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT, Code.INTERNAL),
-        *(Code.DISK_FULL, Code.DISK_READ_ONLY, Code.RATE_LIMITED),
-    }
-)
+UNSAID = UNANSWERED | {Code.INTERNAL, Code.DISK_FULL, Code.DISK_READ_ONLY, Code.RATE_LIMITED}
 """Errors that leave open whether it was done: also a full disk, when it was to be kept after no quorum had
 answered."""
 
-REVOKED = frozenset({Code.KEY_REVOKED, Code.UNKNOWN_PEER, Code.NOT_ALLOWED})
+REVOKED = NO_MEMBER | {Code.NOT_ALLOWED}
 """What who was revoked is told, whatever it asks for."""
 
 Action: TypeAlias = tuple[str, State | None]

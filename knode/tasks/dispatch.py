@@ -20,7 +20,7 @@ import trio
 
 from knode.consensus.messages import MAX_COMMAND_BYTES
 from knode.consensus.replica import Replica
-from knode.errors import Code, KnodeError
+from knode.errors import UNANSWERED, Code, KnodeError
 from knode.klp.codec import encode
 from knode.mesh.conversation import Conversation
 from knode.mesh.liveness import PeerState
@@ -68,7 +68,6 @@ SPARE_DEADLINES = 1024
 PUT_OFF_MS = 500
 """How long a task waits after a proposal for it has failed."""
 
-_ASK_AGAIN = frozenset({Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT})
 _ASK_AGAIN_AT_FIRST = frozenset({Code.NOT_ALLOWED, Code.STALE_FENCE})
 
 
@@ -464,7 +463,7 @@ class Dispatcher:
                     now = self._world.clock.monotonic()
                     refused_at = refused_at or now
                     is_early = now - refused_at < REFUSED_FOR_S
-                    if error.code not in _ASK_AGAIN and not (error.code in _ASK_AGAIN_AT_FIRST and is_early):
+                    if error.code not in UNANSWERED and not (error.code in _ASK_AGAIN_AT_FIRST and is_early):
                         assigned.refusal = f"{error.code}: {error.message}"[:500]
                         self._wake()
                         return
@@ -491,7 +490,7 @@ class Dispatcher:
                 await self._workers.send(assigned.member, StopAttempt(assigned.fence))
                 return
             except KnodeError as error:
-                if error.code not in _ASK_AGAIN_AT_FIRST | _ASK_AGAIN:
+                if error.code not in _ASK_AGAIN_AT_FIRST | UNANSWERED:
                     self._log.warning(
                         "an attempt was not stopped", task=assigned.fence.task.hex(), why=str(error)
                     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from knode.errors import Code, KnodeError
+from knode.errors import NO_MEMBER, UNANSWERED, Code, KnodeError
 from knode.mesh.membership import Membership
 from knode.tasks.commands import ATTEMPTS, MAX_KEY, NewTask, task_digest
 from knode.tasks.inputs import Fate, Inputs
@@ -19,8 +19,6 @@ from knode.tasks.leader import (
     EXPLAIN,
     FATES,
     LIST,
-    NO_MEMBER,
-    NO_QUORUM,
     SHOW,
     SUBMIT,
     Leader,
@@ -146,7 +144,7 @@ class Durable:
                 try:
                     return await self._leader.ask(SUBMIT, submit, deadline=self._in(COMMIT_S))
                 except KnodeError as error:
-                    if error.code not in NO_QUORUM:
+                    if error.code not in UNANSWERED:
                         raise
                     if not keep:
                         raise _uncommitted(submit.key, error) from error
@@ -168,7 +166,7 @@ class Durable:
                 tasks += page.tasks
                 more = page.more and bool(page.tasks)
         except KnodeError as error:
-            if error.code not in NO_QUORUM | NO_MEMBER:
+            if error.code not in UNANSWERED | NO_MEMBER:
                 raise
             records = await self._store.list(LISTED_TASKS)
             return Found(tuple(map(view_of_record, records)), is_confirmed=False)
@@ -187,7 +185,7 @@ class Durable:
         except KnodeError as error:
             if error.code is Code.NOT_FOUND:
                 return await self._show_settled(selector)
-            if error.code not in NO_QUORUM | NO_MEMBER:
+            if error.code not in UNANSWERED | NO_MEMBER:
                 raise
             return await self._show_known(selector)
         return Found((view,), is_confirmed=True)

@@ -7,8 +7,8 @@ from contextlib import aclosing
 
 import trio
 
-from knode.errors import Code, KnodeError
-from knode.tasks.leader import NO_MEMBER, NO_QUORUM, WAIT, Leader
+from knode.errors import NO_MEMBER, UNANSWERED, Code, KnodeError
+from knode.tasks.leader import WAIT, Leader
 from knode.tasks.messages import Seen, TaskView, WaitForTasks
 from knode.tasks.outbox import Outbox, Waiting
 from knode.world import Log, Monotonic, World
@@ -48,7 +48,7 @@ class Following:
                 try:
                     page = await self._leader.ask(WAIT, WaitForTasks(seen), deadline=until)
                 except KnodeError as error:
-                    if error.code not in NO_QUORUM:
+                    if error.code not in UNANSWERED:
                         self._log.warning("tasks cannot be followed", code=error.code, why=str(error))
                         if error.code in NO_MEMBER:
                             for followed in asked.values():

@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from knode.consensus.voters import VOTING_ROLES
-from knode.errors import Code, KnodeError
+from knode.errors import UNANSWERED, Code, KnodeError
 from knode.identity import PublicKey
 from knode.klp.codec import Decoder, encode
 from knode.klp.messages import Context
@@ -57,10 +57,6 @@ A = TypeVar("A", bound=msgspec.Struct)
 
 REPORT_TOPIC = "task.progress"
 _report: Decoder[AttemptReport] = Decoder(AttemptReport)
-NO_QUORUM = frozenset({Code.UNAVAILABLE, Code.UNKNOWN, Code.TIMEOUT})
-"""What `Leader.ask` raises when nobody that leads could be asked, or gave an answer."""
-NO_MEMBER = frozenset({Code.KEY_REVOKED, Code.UNKNOWN_PEER})
-"""And when this node is none."""
 
 
 class Question(Generic[B, A]):
@@ -155,7 +151,7 @@ class Leader:
                 leader = await self._replica.find_leader(deadline=until)
                 return await self._ask(leader, question, body, deadline)
             except KnodeError as error:
-                if error.code not in NO_QUORUM:
+                if error.code not in UNANSWERED:
                     raise
                 if (refusal := self._shut_out()) is not None:
                     raise refusal from error
