@@ -54,7 +54,7 @@ async def inflict(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> 
 async def _once(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> None:
     match fault:
         case Kill() | PowerCut() | Stop():
-            free = [host for host, _ in cell.nodes() if not host.is_in_trouble]
+            free = _free(cell)
             if free:
                 await _take_down(_choose(free, randomness), fault, cell, randomness)
         case Partition():
@@ -110,7 +110,7 @@ async def _once(fault: Fault, cell: Cell, randomness: SimulatedRandomness) -> No
 async def _take_down(
     host: Host, fault: Kill | PowerCut | Stop | Rolling | Hunt, cell: Cell, randomness: SimulatedRandomness
 ) -> None:
-    free = [host for host, _ in cell.nodes() if not host.is_in_trouble]
+    free = _free(cell)
     if host not in free or len(free) < 2:
         return  # someone stays, so that there is someone to promise anything to
     host.is_in_trouble = True
@@ -196,7 +196,7 @@ async def _begin_ledger_anew(cell: Cell, host: Host) -> bool:
 
 
 async def _sleep(fault: Sleep, cell: Cell, randomness: SimulatedRandomness) -> None:
-    free = [host for host, _ in cell.nodes() if not host.is_in_trouble]
+    free = _free(cell)
     if len(free) < 2:
         return
     host = _choose(free, randomness)
@@ -226,7 +226,7 @@ async def _cut_power(cell: Cell, host: Host, randomness: SimulatedRandomness) ->
 
 
 async def _fill_disk(fault: FullDisk, cell: Cell, randomness: SimulatedRandomness) -> None:
-    free = [host for host, _ in cell.nodes() if not host.is_in_trouble]
+    free = _free(cell)
     if not free:
         return
     host = _choose(free, randomness)
@@ -348,6 +348,11 @@ async def _cut_all(
     finally:
         for a, b in pairs:
             cell.heal(a, b)
+
+
+def _free(cell: Cell) -> list[Host]:
+    """Return the machines whose nodes are up and that no fault has taken."""
+    return [host for host, _ in cell.nodes() if not host.is_in_trouble]
 
 
 def _some(cell: Cell, machines: int | None) -> list[Host]:

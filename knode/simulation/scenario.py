@@ -81,77 +81,63 @@ class DurableClients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cancelled: Probability = 0.03
 
 
-class Kill(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="kill"):
+class _Recurring(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
+    """What happens again and again."""
+
+    every_s: Span
+    """How long until the next."""
+
+
+class _Lasting(_Recurring, frozen=True):
+    """And is undone each time."""
+
+    lasts_s: Span
+    """How long until then."""
+
+
+class Kill(_Lasting, frozen=True, tag="kill"):
     """A node's process is killed, and started again: its links end at once, its disk stays."""
 
-    every_s: Span
-    lasts_s: Span
 
-
-class PowerCut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="power-cut"):
+class PowerCut(_Lasting, frozen=True, tag="power-cut"):
     """A machine falls silent, what its disk had not synced is lost, and it comes back."""
 
-    every_s: Span
-    lasts_s: Span
 
-
-class Stop(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="stop"):
+class Stop(_Lasting, frozen=True, tag="stop"):
     """A node is stopped in order, and started again."""
 
-    every_s: Span
-    lasts_s: Span
 
-
-class Partition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="partition"):
+class Partition(_Lasting, frozen=True, tag="partition"):
     """The nodes fall into two sides that cannot reach each other."""
 
-    every_s: Span
-    lasts_s: Span
 
-
-class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="cut"):
+class Cut(_Lasting, frozen=True, tag="cut"):
     """Two nodes cannot reach each other, while both reach the others."""
 
-    every_s: Span
-    lasts_s: Span
 
-
-class OneWayCut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="one-way-cut"):
+class OneWayCut(_Lasting, frozen=True, tag="one-way-cut"):
     """Nothing passes from one node to another, and all that goes back."""
 
-    every_s: Span
-    lasts_s: Span
 
-
-class Flapping(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="flapping"):
+class Flapping(_Lasting, frozen=True, tag="flapping"):
     """The network between two nodes goes and comes, again and again."""
 
-    every_s: Span
-    lasts_s: Span
     gone_s: Span
     here_s: Span
 
 
-class Sleep(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="sleep"):
+class Sleep(_Lasting, frozen=True, tag="sleep"):
     """A node stands still, as a stopped process or a suspended laptop, and goes on later."""
 
-    every_s: Span
-    lasts_s: Span
 
-
-class ClockJump(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="clock-jump"):
+class ClockJump(_Lasting, frozen=True, tag="clock-jump"):
     """A machine's wall clock goes wrong, and is set right again."""
 
-    every_s: Span
-    lasts_s: Span
     by_s: tuple[Jump, Jump] = (-3600.0, 3600.0)
 
 
-class FullDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="full-disk"):
+class FullDisk(_Lasting, frozen=True, tag="full-disk"):
     """Nothing more fits on a machine's disk."""
-
-    every_s: Span
-    lasts_s: Span
 
 
 Files = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
@@ -163,92 +149,65 @@ Machines = Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)] | None
 """Only so many of the machines, the last ones, so that a majority keeps its disks; None: any."""
 
 
-class BitFlip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="bit-flip"):
+class BitFlip(_Recurring, frozen=True, tag="bit-flip"):
     """One bit of a machine's disk turns over, for ever; nobody notices before it is read. Not one of
     what was synced last: together with a crash that is a torn write, which no one can tell from it."""
 
-    every_s: Span
     files: Files = LOG_FILES
     machines: Machines = None
 
 
-class FailedSync(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="failed-sync"
-):
+class FailedSync(_Lasting, frozen=True, tag="failed-sync"):
     """A machine's next sync of such a file fails, and what was to be synced is lost; all later ones
     succeed. None failed by the end of `lasts_s`: none does."""
 
-    every_s: Span
-    lasts_s: Span
     files: Files = LOG_FILES
     machines: Machines = None
 
 
-class SlowDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="slow-disk"):
+class SlowDisk(_Lasting, frozen=True, tag="slow-disk"):
     """A machine's disk, and all other blocking work on it, takes long."""
 
-    every_s: Span
-    lasts_s: Span
     work_ms: tuple[Milliseconds, Milliseconds] = (50.0, 1000.0)
 
 
-class OldCopy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="old-copy"):
-    """A machine's disk is copied, its node is restarted, and `age_s` later killed and the copy put back."""
+class OldCopy(_Lasting, frozen=True, tag="old-copy"):
+    """A machine's disk is copied, its node is restarted, and `age_s` later killed and the copy put back;
+    it is gone for `lasts_s`."""
 
-    every_s: Span
     age_s: Span
-    lasts_s: Span
-    """How long the machine is gone."""
     machines: Machines = None
 
 
-class RoleChange(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="role-change"
-):
+class RoleChange(_Lasting, frozen=True, tag="role-change"):
     """The owner makes a worker an observer, and a worker again: news for every roster."""
 
-    every_s: Span
-    lasts_s: Span
 
-
-class Revocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="revocation"):
+class Revocation(_Recurring, frozen=True, tag="revocation"):
     """The owner revokes a member, for ever; it goes on as if nothing had happened. Two members stay."""
 
-    every_s: Span
 
+class Rolling(_Lasting, frozen=True, tag="rolling"):
+    """All nodes are stopped and started again, in order, one after the other, as for an update.
+    Each is gone for `lasts_s`."""
 
-class Rolling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="rolling"):
-    """All nodes are stopped and started again, in order, one after the other, as for an update."""
-
-    every_s: Span
-    lasts_s: Span
-    """How long each is gone."""
     between_s: Span
 
 
-class Hunt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="hunt"):
+class Hunt(_Lasting, frozen=True, tag="hunt"):
     """Whoever leads the cell's voters is killed, or cut off from all others."""
 
-    every_s: Span
-    lasts_s: Span
 
-
-class Newcomer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="newcomer"):
+class Newcomer(_Recurring, frozen=True, tag="newcomer"):
     """Another machine joins the cell, by a ticket of the owner."""
 
-    every_s: Span
     most: Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)] = 3
     """How many at most."""
 
 
-class LostMajority(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="lost-majority"
-):
+class LostMajority(_Lasting, frozen=True, tag="lost-majority"):
     """Most voters are killed, and the owner's node begins the ledger anew with what it has. In the end the
     others come back, with what they had."""
-
-    every_s: Span
-    lasts_s: Span
 
 
 Fault = (
