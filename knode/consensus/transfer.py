@@ -140,8 +140,11 @@ class Transfers:
         """Write what comes to a file, durably."""
         run = self._world.blocking.run
         with await run(partial(self._world.disk.create, path)) as file:
-            digest = await write_chunks(self._world, file, chunks, name="the ledger", size=offer.size)
-            if digest != offer.hash:
+            digest = sha256()
+            await write_chunks(
+                self._world, file, chunks, name="the ledger", size=offer.size, update=digest.update
+            )
+            if digest.digest() != offer.hash:
                 raise KnodeError(Code.INVALID_ARGUMENT, "the ledger is not the one that was announced")
             await run(file.sync)
 

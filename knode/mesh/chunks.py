@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -37,9 +36,15 @@ async def read_chunks(world: World, path: Path, size: int) -> AsyncGenerator[byt
 
 
 async def write_chunks(
-    world: World, file: WritableFile, chunks: AsyncIterator[bytes], *, name: str, size: int
-) -> bytes:
-    """Write what arrives, and return its SHA-256. It is not synced.
+    world: World,
+    file: WritableFile,
+    chunks: AsyncIterator[bytes],
+    *,
+    name: str,
+    size: int,
+    update: Callable[[bytes], None] = lambda piece: None,
+) -> None:
+    """Write what arrives. It is not synced.
 
     Args:
         world: whose disk it is.
@@ -47,20 +52,19 @@ async def write_chunks(
         chunks: of any lengths; they are written in larger pieces.
         name: of the file, for errors.
         size: how many bytes were announced.
+        update: given each piece in turn, where the disk is waited for: to hash it.
 
     Raises:
         KnodeError: INVALID_ARGUMENT when it is more or less than was announced, DISK_FULL, DISK_READ_ONLY.
     """
-    digest = hashlib.sha256()
 
     def write(piece: bytes) -> None:
-        digest.update(piece)
+        update(piece)
         file.write(piece)
 
     async with aclosing(_gather(chunks, name, size)) as pieces:
         async for piece in pieces:
             await world.blocking.run(partial(write, piece))
-    return digest.digest()
 
 
 async def _gather(chunks: AsyncIterator[bytes], name: str, size: int) -> AsyncGenerator[bytes, None]:

@@ -6,6 +6,7 @@ What has no such mark is removed at the next start.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -273,8 +274,9 @@ async def write_checked(
         KnodeError: INVALID_ARGUMENT when it is not `file`; DISK_FULL, DISK_READ_ONLY. Then what was written
             is to be removed.
     """
-    digest = await write_chunks(world, written, chunks, name=file.name, size=file.size)
-    if digest != file.hash:
+    digest = hashlib.sha256()
+    await write_chunks(world, written, chunks, name=file.name, size=file.size, update=digest.update)
+    if digest.digest() != file.hash:
         raise KnodeError(
             Code.INVALID_ARGUMENT,
             f"{file.name} is not what was announced: its hash differs",
