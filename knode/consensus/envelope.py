@@ -57,6 +57,11 @@ class Envelope(Struct, array_like=True, frozen=True, forbid_unknown_fields=True)
     """Of both, kept by whoever first takes a message with them."""
     message: Message
 
+    @property
+    def started(self) -> Started:
+        """What it shows, and `proof` proves."""
+        return Started(self.message.source, self.start, self.boot)
+
 
 class Offer(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """A state that comes on the request's stream."""
@@ -80,6 +85,11 @@ class Refused(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     boot: Boot
     proof: Proof
     """With which the replica itself showed it."""
+
+    @property
+    def started(self) -> Started:
+        """What was shown, and `proof` proves."""
+        return Started(self.replica, self.start, self.boot)
 
 
 class Asked(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):

@@ -16,7 +16,6 @@ from knode.consensus.envelope import (
     Envelope,
     Offer,
     Refused,
-    Started,
     envelopes,
     refusals,
 )
@@ -111,7 +110,7 @@ class Post:
             case True:
                 self._driver.receive(message, len(body))
             case None:
-                Started(message.source, envelope.start, envelope.boot).check(key, envelope.proof)
+                envelope.started.check(key, envelope.proof)
                 self._queue(message.source, envelope, len(body))
             case False:
                 self._refuse(key, message.source)
@@ -124,8 +123,7 @@ class Post:
         """
         refused = refusals.decode(body)
         if refused.replica == self._standing.replica_id and refused.start >= self._standing.start:
-            own = self._membership.key.public
-            Started(refused.replica, refused.start, refused.boot).check(own, refused.proof)
+            refused.started.check(self._membership.key.public, refused.proof)
             self._queue(refused.replica, refused, len(body))
 
     async def take_state(self, call: Call, offer: Offer) -> None:
@@ -141,9 +139,8 @@ class Post:
             raise KnodeError(Code.INVALID_ARGUMENT, "a state comes on a stream, with its snapshot")
         if not self._counts(call.caller, envelope):
             raise not_taken()
-        shown = Started(message.source, envelope.start, envelope.boot)
-        shown.check(call.caller, envelope.proof)
-        if not await self._standing.note(shown.replica, shown.start, shown.boot, envelope.proof):
+        envelope.started.check(call.caller, envelope.proof)
+        if not await self._standing.note(message.source, envelope.start, envelope.boot, envelope.proof):
             raise not_taken()
         await self._transfers.receive(offer, message, aiter(call.stream))
 
