@@ -235,7 +235,12 @@ def tasks(document: Sequence[Document]) -> str:
         ("task", "submitted", "agent", "state", "attempt", "node", "error"),
         (
             (
-                *(t["id"], moment(t.get("submitted")), t["agent"], t["state"], t["attempt"], t["node"]),
+                t["id"],
+                moment(t.get("submitted")),
+                t["agent"],
+                t["state"],
+                t["attempt"],
+                t["node"],
                 (t["error"] or {}).get("code"),
             )
             for t in document
@@ -245,14 +250,14 @@ def tasks(document: Sequence[Document]) -> str:
 
 def task(document: Document) -> str:
     """Show every field of a task."""
-    return details({**document, **{name: moment(document.get(name)) for name in _TIMES if name in document}})
+    return details({**document, **_times(document)})
 
 
 def explanation(document: Document) -> str:
     """Show what a task waits for, and every node's score, when it was assigned last and now."""
     task = document["task"]
     shown = {key: task[key] for key in ("id", "agent", "state", "attempt", "node")}
-    shown |= {name: moment(task[name]) for name in _TIMES if name in task}
+    shown |= _times(task)
     reasons = {"waits for": document["waits_for"], "given back": document["given_back"]}
     parts = [fields(shown | reasons)]
     for title, considered in (("when assigned", document["considered"]), ("now", document["now"])):
@@ -315,11 +320,13 @@ def details(document: Document) -> str:
 
 def moment(milliseconds: int | None) -> str | None:
     """Show a wall time as people here read it: local, to the second."""
-    return (
-        None
-        if milliseconds is None
-        else datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M:%S")
-    )
+    if milliseconds is None:
+        return None
+    return datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _times(task: Document) -> dict[str, str | None]:
+    return {name: moment(task[name]) for name in _TIMES if name in task}
 
 
 def value(content: object) -> str:

@@ -133,22 +133,10 @@ class Durable:
     async def _take(self, submit: SubmitTask, *, keep: bool) -> TaskView | Waiting:
         pending = self._outbox.with_key(submit.key)
         if pending is None:
-            why: KnodeError | None = None
-            try:
-                submit = await self._spread(submit)
-            except KnodeError as error:
-                if error.code is not Code.UNAVAILABLE or not keep:
-                    raise
-                why = error
-            else:
-                try:
-                    return await self._leader.ask(SUBMIT, submit, deadline=self._in(COMMIT_S))
-                except KnodeError as error:
-                    if error.code not in UNANSWERED:
-                        raise
-                    if not keep:
-                        raise _uncommitted(submit.key, error) from error
-            pending = await self._outbox.keep(submit, why)
+            taken = await self._ask_for(submit, keep=keep)
+            if isinstance(taken, TaskView):
+                return taken
+            pending = taken
         if pending.digest != task_digest(submit.task):
             raise _key_conflict(submit.key, pending.id)
         return pending
@@ -253,6 +241,23 @@ class Durable:
         return await self._leader.ask(CANCEL, CancelTask(task), deadline=self._in(COMMIT_S))
 
     # Submitting.
+
+    async def _ask_for(self, submit: SubmitTask, *, keep: bool) -> TaskView | Waiting:
+        """Have its files held, then ask the leader; `keep` what cannot be done now."""
+        try:
+            submit = await self._spread(submit)
+        except KnodeError as error:
+            if error.code is not Code.UNAVAILABLE or not keep:
+                raise
+            return await self._outbox.keep(submit, error)
+        try:
+            return await self._leader.ask(SUBMIT, submit, deadline=self._in(COMMIT_S))
+        except KnodeError as error:
+            if error.code not in UNANSWERED:
+                raise
+            if not keep:
+                raise _uncommitted(submit.key, error) from error
+        return await self._outbox.keep(submit)
 
     async def _prepare(self, request: Request, *, keep: bool) -> SubmitTask:
         _check(request)
