@@ -32,6 +32,8 @@ from knode.node.database import open_database
 from knode.simulation.disk import SimulatedDisk
 from knode.simulation.world import SimulatedClock
 from knode.tasks.direct import Submission
+from knode.tasks.messages import TaskView
+from knode.tasks.outbox import Waiting
 from knode.tasks.task import Task
 from knode.transport.memory import MemoryNetwork
 from knode.world import World
@@ -151,6 +153,16 @@ class Host:
         task = await self.submit(line, agent, **rest)
         await task.ended()
         return task
+
+
+async def settled(host: Host, task: bytes, *, within_s: float = 600) -> TaskView:
+    """Follow a durable task to its end, in virtual time."""
+    last: TaskView | Waiting | None = None
+    with trio.fail_after(within_s):
+        async for view in host.node.following.follow(task):
+            last = view
+    assert isinstance(last, TaskView)
+    return last
 
 
 class Cell:

@@ -242,6 +242,12 @@ class ReplicaCell:
         await until(lambda: any(n.replica.is_leader for n in self.nodes if n is not but))
         return next(n for n in self.nodes if n.replica.is_leader and n is not but)
 
+    async def leader_and_follower(self) -> tuple[ReplicaNode, ReplicaNode]:
+        """Grow to three; return who leads and one that follows."""
+        nodes = await self.grow(3)
+        leader = await self.leader()
+        return leader, next(node for node in nodes if node is not leader)
+
     async def until_equal(self, *nodes: ReplicaNode) -> None:
         """Wait until all have applied what the leader has."""
         chosen = nodes or self.nodes

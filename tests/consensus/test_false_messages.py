@@ -62,9 +62,7 @@ async def test_who_speaks_for_another_members_replica_loses_its_session(
 async def test_garbage_ends_the_session_that_brought_it(
     autojump_clock: MockClock, replicas: ReplicaCell, body: bytes
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
+    leader, follower = await replicas.leader_and_follower()
     follower.peer(leader).send_event(TOPIC, body, Context())
     await until(lambda: leader.peers.refusals.get(Code.BAD_FRAME) == 1)
     await replicas.connected()
@@ -74,9 +72,7 @@ async def test_garbage_ends_the_session_that_brought_it(
 async def test_what_is_of_another_incarnation_or_for_another_replica_is_dropped(
     autojump_clock: MockClock, replicas: ReplicaCell
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
+    leader, follower = await replicas.leader_and_follower()
     term = leader.replica.term
     vote = Vote(term + 5, follower.replica_id, leader.replica_id, 1000, term + 4, True)
     follower.speak(leader, vote, incarnation=bytes(32))
@@ -243,20 +239,22 @@ async def test_greater_numbers_end_the_session_alone(
 async def test_a_state_that_is_not_what_was_announced_changes_nothing(
     autojump_clock: MockClock, replicas: ReplicaCell
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
+    leader, follower = await replicas.leader_and_follower()
     await leader.propose("one")
     await replicas.until_equal()
-    follower = next(node for node in nodes if node is not leader)
     snapshot = Snapshot(1000, leader.replica.term, Configuration((leader.replica_id,)))
     message = InstallSnapshot(leader.replica.term, leader.replica_id, follower.replica_id, snapshot)
     wrong_hash = Offer(leader.envelope(message), 5, bytes(32))
     await refused(Code.INVALID_ARGUMENT, leader.offer, follower, wrong_hash, b"12345")
     too_large = Offer(leader.envelope(message), MAX_STATE_BYTES + 1, bytes(32))
     await refused(Code.TOO_LARGE, leader.offer, follower, too_large, b"")
-    forged = msgspec.structs.replace(message, source=nodes[2].replica_id, target=leader.replica_id)
+    forged = msgspec.structs.replace(message, source=replicas.nodes[2].replica_id, target=leader.replica_id)
     await refused(
-        Code.NOT_ALLOWED, nodes[1].offer, nodes[0], Offer(nodes[1].envelope(forged), 0, bytes(32)), b""
+        Code.NOT_ALLOWED,
+        replicas.nodes[1].offer,
+        replicas.nodes[0],
+        Offer(replicas.nodes[1].envelope(forged), 0, bytes(32)),
+        b"",
     )
     assert follower.disk.list_folder(FILES) == []
     assert await leader.propose("two") == 2
@@ -265,11 +263,9 @@ async def test_a_state_that_is_not_what_was_announced_changes_nothing(
 async def test_after_a_state_that_is_none_a_replica_goes_on_with_its_own(
     autojump_clock: MockClock, replicas: ReplicaCell
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
+    leader, follower = await replicas.leader_and_follower()
     await leader.propose("one")
     await replicas.until_equal()
-    follower = next(node for node in nodes if node is not leader)
     snapshot = Snapshot(1000, leader.replica.term, Configuration((leader.replica_id,)))
     message = InstallSnapshot(leader.replica.term, leader.replica_id, follower.replica_id, snapshot)
     await leader.offer(follower, Offer(leader.envelope(message), 1, sha256(b"\xc1").digest()), b"\xc1")
@@ -282,11 +278,9 @@ async def test_after_a_state_that_is_none_a_replica_goes_on_with_its_own(
 async def test_a_state_of_another_index_than_was_said_makes_the_replica_unfit_and_its_node_goes_on(
     autojump_clock: MockClock, replicas: ReplicaCell
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
+    leader, follower = await replicas.leader_and_follower()
     await leader.propose("one")
     await replicas.until_equal()
-    follower = next(node for node in nodes if node is not leader)
     snapshot = Snapshot(1000, leader.replica.term, Configuration((leader.replica_id,)))
     message = InstallSnapshot(leader.replica.term, leader.replica_id, follower.replica_id, snapshot)
     data = encode([999, [b"false"]])
@@ -302,9 +296,7 @@ async def test_a_state_of_another_index_than_was_said_makes_the_replica_unfit_an
 async def test_a_flood_is_dropped_and_counted_and_the_cell_goes_on(
     autojump_clock: MockClock, replicas: ReplicaCell
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
+    leader, follower = await replicas.leader_and_follower()
     driver = leader.driver
     beat = HeartbeatReply(leader.replica.term, follower.replica_id, leader.replica_id, 0)
     for _ in range(2 * INBOX_MESSAGES):
@@ -361,9 +353,7 @@ async def test_starts_that_are_made_up_keep_nobody_else_from_being_recorded(
 async def test_a_restored_copy_is_refused_and_never_counted_again(
     autojump_clock: MockClock, replicas: ReplicaCell
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
+    leader, follower = await replicas.leader_and_follower()
     copy = follower.disk.snapshot()
     await replicas.kill(follower)
     await replicas.restart(follower)

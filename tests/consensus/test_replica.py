@@ -55,9 +55,7 @@ async def test_another_leads_within_three_seconds_and_has_all_that_was_committed
 async def test_a_follower_that_was_away_catches_up_from_its_log(
     autojump_clock: MockClock, replicas: ReplicaCell
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
+    leader, follower = await replicas.leader_and_follower()
     await leader.propose("before")
     await replicas.kill(follower)
     await leader.propose("meanwhile")
@@ -148,9 +146,7 @@ async def test_a_proposal_that_another_leader_replaced_was_not_done(
 async def test_a_lagging_follower_gets_the_whole_state_when_the_log_is_gone(
     autojump_clock: MockClock, replicas: ReplicaCell, short_log: None
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
+    leader, follower = await replicas.leader_and_follower()
     await replicas.kill(follower)
     for number in range(60):
         await leader.propose(f"{number}")
@@ -173,9 +169,7 @@ async def test_a_lagging_follower_gets_the_whole_state_when_the_log_is_gone(
 async def test_a_leader_applies_and_commits_while_it_dumps_its_state(
     autojump_clock: MockClock, replicas: ReplicaCell, short_log: None
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
+    leader, follower = await replicas.leader_and_follower()
     await replicas.kill(follower)
     for number in range(60):
         await leader.propose(f"{number}")
@@ -198,9 +192,7 @@ async def test_a_leader_applies_and_commits_while_it_dumps_its_state(
 async def test_a_follower_with_a_full_disk_stands_still_until_there_is_room(
     autojump_clock: MockClock, replicas: ReplicaCell
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
+    leader, follower = await replicas.leader_and_follower()
     follower.disk.fill()
     for number in range(5):
         await leader.propose(f"{number}")
@@ -301,12 +293,10 @@ async def test_a_member_that_no_configuration_names_finds_the_leader_by_asking(
 async def test_a_rotated_key_still_speaks_for_its_replica(
     autojump_clock: MockClock, replicas: ReplicaCell
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
+    leader, follower = await replicas.leader_and_follower()
     new = key_of("rotated")
     await follower.membership.rotate(new)
-    await until(lambda: all(new.public.raw in node.membership.roster.members for node in nodes))
+    await until(lambda: all(new.public.raw in node.membership.roster.members for node in replicas.nodes))
     await replicas.kill(follower)
     follower.key = new
     await leader.propose("meanwhile")
@@ -319,9 +309,7 @@ async def test_a_log_that_is_gone_or_damaged_makes_the_replica_unfit_and_the_nod
     autojump_clock: MockClock,
     replicas: ReplicaCell,
 ) -> None:
-    nodes = await replicas.grow(3)
-    leader = await replicas.leader()
-    follower = next(node for node in nodes if node is not leader)
+    leader, follower = await replicas.leader_and_follower()
     await leader.propose("one")
     await replicas.until_equal()
     await replicas.kill(follower)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import trio
-from memory_cell import COMMAND, Cell, Host
+from memory_cell import COMMAND, Cell, Host, settled
 from trio.testing import MockClock
 
 from knode.cli import render
@@ -19,8 +19,6 @@ from knode.node.setup import RECOVERY_PREFIX
 from knode.node.status import status
 from knode.tasks.durable import Request
 from knode.tasks.lifecycle import State
-from knode.tasks.messages import TaskView
-from knode.tasks.outbox import Waiting
 
 
 async def call(host: Host, method: str, **params: Any) -> Any:
@@ -31,15 +29,6 @@ async def call(host: Host, method: str, **params: Any) -> Any:
 async def submit(host: Host, line: str, **rest: Any) -> bytes:
     view = await host.node.durable.submit(Request(COMMAND, line.encode(), **rest))
     return view.id
-
-
-async def settled(host: Host, task: bytes) -> TaskView:
-    last: TaskView | Waiting | None = None
-    with trio.fail_after(600):
-        async for view in host.node.following.follow(task):
-            last = view
-    assert isinstance(last, TaskView)
-    return last
 
 
 def warnings(host: Host) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import trio
-from memory_cell import COMMAND, Cell, Host
+from memory_cell import COMMAND, Cell, Host, settled
 from trio.testing import MockClock
 
 from knode.errors import Code, KnodeError
@@ -18,23 +18,15 @@ from knode.tasks.dispatch import FORGET_EVERY_S
 from knode.tasks.durable import Request
 from knode.tasks.lifecycle import State
 from knode.tasks.messages import FailAttempt, TaskView
-from knode.tasks.outbox import Waiting
 from knode.world import Monotonic
+
+AN_HOUR = 3600.0
 
 
 async def submit(host: Host, line: str, **rest: Any) -> TaskView:
     view = await host.node.durable.submit(Request(COMMAND, line.encode(), **rest))
     assert isinstance(view, TaskView)
     return view
-
-
-async def ended(host: Host, task: bytes) -> TaskView:
-    last: TaskView | Waiting | None = None
-    with trio.fail_after(3600):
-        async for view in host.node.following.follow(task):
-            last = view
-    assert isinstance(last, TaskView)
-    return last
 
 
 def break_rule(monkeypatch: pytest.MonkeyPatch, name: str, when: Any) -> None:
@@ -60,7 +52,7 @@ async def test_a_submit_that_meets_a_fault_is_answered_and_the_cell_goes_on(
             await submit(host, "say poison")
         assert caught.value.code is Code.INTERNAL
     view = await submit(hosts[0], "say well")
-    assert (await ended(hosts[0], view.id)).result == b"well"
+    assert (await settled(hosts[0], view.id, within_s=AN_HOUR)).result == b"well"
     await cell.until(lambda: all(host.node.ledger.applied == hosts[0].node.ledger.applied for host in hosts))
     for host in hosts:
         told = status(host.node)
@@ -68,7 +60,9 @@ async def test_a_submit_that_meets_a_fault_is_answered_and_the_cell_goes_on(
         assert any("fault of knode itself" in warning for warning in told["warnings"])
     await cell.crash(hosts[1])
     await cell.start(hosts[1])
-    assert (await ended(hosts[1], (await submit(hosts[1], "say again")).id)).result == b"again"
+    assert (
+        await settled(hosts[1], (await submit(hosts[1], "say again")).id, within_s=AN_HOUR)
+    ).result == b"again"
 
 
 async def test_an_attempt_whose_end_meets_a_fault_fails_at_last(
@@ -76,7 +70,7 @@ async def test_an_attempt_whose_end_meets_a_fault_fails_at_last(
 ) -> None:
     break_rule(monkeypatch, "_take_effect", lambda bundle: bundle.result == b"poison")
     desk = await cell.add("desk")
-    view = await ended(desk, (await submit(desk, "say poison")).id)
+    view = await settled(desk, (await submit(desk, "say poison")).id, within_s=AN_HOUR)
     assert (view.state, view.code, view.attempt) == (State.FAILED, Code.INTERNAL, 3)
     await cell.until(lambda: not len(desk.node.attempts))
 
@@ -89,7 +83,9 @@ async def test_one_task_whose_end_meets_a_fault_does_not_keep_others_from_expiri
     desk = await cell.add("desk")
     views = [await submit(desk, "sleep 100", deadline_s=5.0) for _ in range(3)]
     poison.append(views[0].id)
-    assert [(await ended(desk, view.id)).state for view in views[1:]] == [State.EXPIRED] * 2
+    assert [(await settled(desk, view.id, within_s=AN_HOUR)).state for view in views[1:]] == [
+        State.EXPIRED
+    ] * 2
     assert not (await desk.node.ledger.find(views[0].id.hex())).task.state.final
 
 
@@ -105,7 +101,7 @@ async def test_a_task_whose_assignment_meets_a_fault_is_tried_again_in_a_cell_th
     break_rule(monkeypatch, "_assign", is_first)
     desk = await cell.add("desk")
     view = await submit(desk, "break")  # what is tried again is queued, then assigned
-    assert (await ended(desk, view.id)).attempt == 3
+    assert (await settled(desk, view.id, within_s=AN_HOUR)).attempt == 3
     assert len(met) == 4
     assert trio.current_time() < 60
 
@@ -123,9 +119,9 @@ async def test_status_counts_what_durable_tasks_keep_and_what_was_refused(
         assert (told["held_files"], told["held_file_bytes"]) == (1, 1000)
         assert (told["kept_attempts"], told["kept_attempt_bytes"] > 0) == (int(host is attic), host is attic)
     forged = FailAttempt(Fence(desk.node.ledger.incarnation, view.id, 7), "AGENT_FAILED", "no", False)
-    settled = await attic.node.leader.fail(forged, deadline=Monotonic(trio.current_time() + 5))
-    assert not settled.is_current
-    assert (await ended(desk, view.id)).state is State.SUCCEEDED
+    answer = await attic.node.leader.fail(forged, deadline=Monotonic(trio.current_time() + 5))
+    assert not answer.is_current
+    assert (await settled(desk, view.id, within_s=AN_HOUR)).state is State.SUCCEEDED
     leader = desk if desk.node.dispatcher.leads else attic
     assert status(leader.node)["durable"]["refused_ends"] == {"stale": 1}
     await cell.until(lambda: not len(attic.node.attempts))
@@ -145,4 +141,4 @@ async def test_a_node_goes_on_when_old_operations_cannot_be_looked_for(
     monkeypatch.setattr(desk.node.ledger, "has_operations_before", damaged)
     await trio.sleep(FORGET_EVERY_S + 5)
     assert asked
-    assert (await ended(desk, (await submit(desk, "say well")).id)).result == b"well"
+    assert (await settled(desk, (await submit(desk, "say well")).id, within_s=AN_HOUR)).result == b"well"

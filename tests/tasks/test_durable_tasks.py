@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 import msgspec
 import pytest
 import trio
-from memory_cell import COMMAND, TEXT, Cell, Host
+from memory_cell import COMMAND, TEXT, Cell, Host, settled
 from trio.testing import MockClock
 
 from knode.consensus.electorate import Votes
@@ -31,15 +31,6 @@ async def submit(host: Host, line: str = "", agent: str = COMMAND, **rest: objec
     view = await host.node.durable.submit(Request(agent, line.encode(), **rest))  # type: ignore[arg-type]
     assert isinstance(view, TaskView)
     return view
-
-
-async def settled(host: Host, task: bytes) -> TaskView:
-    last: TaskView | Waiting | None = None
-    with trio.fail_after(600):
-        async for view in host.node.following.follow(task):
-            last = view
-    assert isinstance(last, TaskView)
-    return last
 
 
 async def test_a_task_is_committed_run_and_completed_in_a_cell_of_one(

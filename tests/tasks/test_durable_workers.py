@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import trio
-from memory_cell import COMMAND, Cell, Host, Seeded
+from memory_cell import COMMAND, Cell, Host, Seeded, settled
 from trio.testing import MockClock
 
 from knode.consensus.electorate import Votes
@@ -28,15 +28,6 @@ async def submit(host: Host, *lines: str, **rest: object) -> TaskView:
     view = await host.node.durable.submit(request)
     assert isinstance(view, TaskView)
     return view
-
-
-async def settled(host: Host, task: bytes) -> TaskView:
-    last: object = None
-    with trio.fail_after(600):
-        async for view in host.node.following.follow(task):
-            last = view
-    assert isinstance(last, TaskView)
-    return last
 
 
 async def effects_of(host: Host, task: bytes) -> list[bytes]:
